@@ -1,0 +1,3 @@
+"""Magnitude pruning with a finite-sample guarantee."""
+
+__version__ = "0.1.0"

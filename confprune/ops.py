@@ -1,0 +1,140 @@
+"""The compiled kernels as torch operators: their shapes for tracing, and their rules under vmap.
+
+Importing this module loads the extension and registers ``torch.ops.confprune.*``:
+
+``magnitude_histogram``  adds the counts of one digit of every score's key
+``assign_levels``        prune levels from thresholds and ties
+``prefix_rows``          a weight matrix with each row ordered by prune level
+``grid_linear``          ``F.linear`` with the masked weight, at many levels
+``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
+
+The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
+``level [K]``, and return ``[K, N, ...]``. Under ``torch.vmap`` over the level each call with one level
+becomes one call with all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from confprune import _C
+
+instruction_set = _C.instruction_set
+
+
+@torch.library.register_fake("confprune::magnitude_histogram")
+def _(
+    scores: Tensor,
+    key: torch.dtype,
+    prefixes: Tensor,
+    shift: int,
+    digit_bits: int,
+    counts: Tensor,
+) -> Tensor:
+    return counts.new_empty(())
+
+
+@torch.library.register_fake("confprune::assign_levels")
+def _(
+    scores: Tensor,
+    key: torch.dtype,
+    thresholds: Tensor,
+    first_level: Tensor,
+    ties: Tensor,
+    straddled: Tensor,
+    ranks: Tensor,
+) -> Tensor:
+    dtype = torch.uint8 if ties.numel() <= 255 else torch.int16
+    return torch.empty(scores.shape, dtype=dtype, device=scores.device)
+
+
+@torch.library.register_fake("confprune::prefix_rows")
+def _(
+    weight: Tensor, levels: Tensor, num_levels: int, first: int, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    alive = torch.library.get_ctx().new_dynamic_size()
+    cells = weight.shape[0] * ((weight.shape[1] + block - 1) // block)
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return (
+        weight.new_empty(alive, dtype=compute),
+        weight.new_empty(alive, dtype=torch.int16),
+        weight.new_empty(cells + 1, dtype=torch.int64),
+        weight.new_empty(cells, num_levels, dtype=torch.int16),
+    )
+
+
+@torch.library.register_fake("confprune::grid_linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    level: Tensor,
+    rows: Sequence[Tensor],
+    first: int,
+    block: int,
+    batch_minor: bool,
+) -> Tensor:
+    if batch_minor:
+        return x.new_empty(level.shape[0], weight.shape[0], x.shape[1]).transpose(1, 2)
+    return x.new_empty(level.shape[0], x.shape[1], weight.shape[0])
+
+
+@torch.library.register_fake("confprune::grid_conv")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    level: Tensor,
+    rows: Sequence[Tensor],
+    first: int,
+    block: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    positions = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(
+            x.shape[3:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    y = x.new_empty(level.shape[0], weight.shape[0], *positions, x.shape[1])
+    return y.movedim(-1, 1)
+
+
+def _grid_rule(operator: Any) -> Any:
+    """The vmap rule of a grid operator: x [K, 1, N, ...] and level [K, 1] are one call with K levels."""
+
+    def rule(
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        weight: Tensor,
+        levels: Tensor,
+        bias: Tensor | None,
+        level: Tensor,
+        rows: Sequence[Tensor],
+        *rest: Any,
+    ) -> tuple[Tensor, int]:
+        others = [in_dims[1], in_dims[2], in_dims[3], *in_dims[5]]
+        if any(dim is not None for dim in others) or in_dims[4] is None:
+            raise NotImplementedError(f"{operator} can be vmapped over x and level only")
+        if level.ndim != 2 or level.shape[1 - in_dims[4]] != 1:
+            raise NotImplementedError(f"{operator} takes one level a call under vmap")
+        if in_dims[0] is not None:
+            x = x.movedim(in_dims[0], 0).squeeze(1)
+        y = operator(x, weight, levels, bias, level.reshape(-1), rows, *rest)
+        return y.unsqueeze(1), 0
+
+    return rule
+
+
+torch.library.register_vmap("confprune::grid_linear", _grid_rule(torch.ops.confprune.grid_linear))
+torch.library.register_vmap("confprune::grid_conv", _grid_rule(torch.ops.confprune.grid_conv))

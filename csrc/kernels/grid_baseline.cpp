@@ -1,0 +1,13 @@
+// 16-byte vectors: what every x86-64 and arm64 machine has.
+#define CONFPRUNE_VECTOR_BYTES 16
+#define CONFPRUNE_TILE_VECTORS 8
+#include "kernels/grid_algorithm.h"
+
+namespace confprune {
+
+const InstructionSet& baseline_set() {
+  static const InstructionSet set{"baseline", tile_lanes, run_task};
+  return set;
+}
+
+}  // namespace confprune

@@ -1,0 +1,77 @@
+// The masked product of one layer at many levels: y[k] = conv(x[k], W ⊙ (levels > level[k])) + b.
+//
+// A linear layer is the convolution with one position. The batch stands in the vector lanes: inputs are
+// packed as [channel, position, batch], so that a weight meets 16 or more examples (or neighbouring
+// positions) with one multiply-add, whatever the sparsity pattern. Weights come as prefix rows.
+//
+// Shapes (positions are up to three-dimensional, unused dimensions have size 1):
+//   x [1 or K, N, channels, input], y [K, N, rows, output], both with any strides.
+// Operations: 2 · N · positions · Σ_k alive(level[k]); the limit is one vector load and one multiply-add
+// per weight and vector. With one input for all levels (x[1, ...]) a suffix sum gives all K outputs for
+// the operations of the densest.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/prefix_rows.h"
+
+namespace confprune {
+
+constexpr int kSpatial = 3;
+
+struct Convolution {
+  int64_t channels;  // of the input, all groups
+  int64_t groups;
+  int64_t input[kSpatial];
+  int64_t output[kSpatial];
+  int64_t kernel[kSpatial];
+  int64_t stride[kSpatial];
+  int64_t padding[kSpatial];
+  int64_t dilation[kSpatial];
+};
+
+struct Activation {
+  void* data;
+  Element element;
+  int64_t level_stride;
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t position_strides[kSpatial];
+};
+
+struct GridProduct {
+  PrefixRows rows;
+  Convolution convolution;
+  Activation x;
+  Activation y;
+  const void* bias;       // float, or double for float64 weights; may be null
+  const int64_t* levels;  // [K] grid levels, each covered by the prefix rows
+  const int64_t* slots;   // [K] where each stands in y, and in x unless shared
+  int64_t num_levels;     // K
+  int64_t batch;          // N
+  bool shared;            // one x for all levels
+  bool wide;              // compute in double
+};
+
+// A product cut into independent tasks; each output element is computed in one task, in an order of
+// additions that depends on its row and level alone.
+class GridPlan {
+ public:
+  GridPlan(const GridProduct& product, int threads);
+  ~GridPlan();
+  GridPlan(const GridPlan&) = delete;
+  GridPlan& operator=(const GridPlan&) = delete;
+
+  int64_t tasks() const;
+  int64_t scratch_bytes() const;  // that `run` needs, 64-byte aligned
+  void run(int64_t task, void* scratch) const;
+
+ private:
+  struct Details;
+  Details* details_;
+};
+
+// "avx512", "avx2" or "baseline": what this machine runs, unless CONFPRUNE_ISA asks for less.
+const char* instruction_set();
+
+}  // namespace confprune

@@ -1,0 +1,44 @@
+// What the instruction sets share: a planned product, and the table of their entry points.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/grid_product.h"
+
+namespace confprune {
+
+// Input packing. Strided kernels see the padded input split into phases, one for each remainder of the
+// kernel's offsets modulo the stride, so that neighbouring outputs always read neighbouring inputs.
+struct PackedInput {
+  int64_t chunk;                          // examples packed together
+  std::vector<int64_t> phases[kSpatial];  // remainders in use, per dimension
+  int64_t extent[kSpatial];               // size of one phase plane
+  int64_t channel_size;                   // elements of one channel: all its phase planes
+  std::vector<int32_t> offsets;           // [row_size] of a weight, from its group's first channel
+};
+
+struct GridDetails {
+  GridProduct product;
+  PackedInput packed;
+  int64_t chunks;      // of the batch
+  int64_t row_tile;    // rows of one task
+  int64_t row_groups;  // tasks along the rows
+  int64_t lanes;       // lanes of one tile
+};
+
+struct InstructionSet {
+  const char* name;
+  int64_t (*lanes)(bool wide);
+  void (*run)(const GridDetails& details, int64_t task, void* scratch);
+};
+
+const InstructionSet& baseline_set();
+#if defined(__x86_64__)
+const InstructionSet& avx2_set();
+const InstructionSet& avx512_set();
+#endif
+
+constexpr int64_t kSharedRows = 16;  // rows whose K outputs are held while an input is shared
+
+}  // namespace confprune

@@ -1,0 +1,89 @@
+// Selection by magnitude: histograms of integer keys, and prune levels from thresholds.
+//
+// The IEEE bits of |w| read as an unsigned integer order as |w| does (-0 is 0, +inf the largest, NaN
+// above it). Both functions work on a range of one tensor's elements, in logical (row-major) order,
+// so that any split over threads, tensors, files or machines gives the same answer.
+//
+// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: memory bandwidth
+// for bf16 and fp16, the histogram's dependent increments for wider types.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/elements.h"
+
+namespace confprune {
+
+// A borrowed tensor of up to 8 dimensions; strides in elements.
+struct Source {
+  static constexpr int kMaxDims = 8;
+  const void* data;
+  Element element;
+  int dims;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];
+  bool contiguous;
+};
+
+// Bits of a key made from `element`: the width of the type less the sign.
+int key_bits(Element element);
+
+// The digit of a key is `digit_bits` bits above its lowest `shift` bits; what stands above is its
+// prefix. Counts are kept for the keys whose prefix is in `prefixes` (sorted; empty: all keys).
+struct Digit {
+  Element key;  // the type whose bits are the key; elements are widened to it
+  int shift;
+  int digit_bits;
+  std::vector<uint64_t> prefixes;
+};
+
+// Adds the counts of elements [begin, end) to `counts`, [max(1, prefixes), 2^digit_bits]; returns the
+// largest key seen, so that NaN is found at no further cost.
+uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+                   uint32_t* counts);
+uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+                   int64_t* counts);
+
+// Where the levels cut: distinct threshold keys, increasing. A key below values[i] and above
+// values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels: never).
+// Of the keys equal to values[i], in position order, the first ties[j] are pruned at level j, for
+// j in [first_level[i], first_level[i + 1]). A value is straddled when some level takes only a part.
+struct Cuts {
+  Element key;
+  std::vector<uint64_t> values;
+  std::vector<int32_t> first_level;
+  std::vector<int64_t> ties;
+  std::vector<uint8_t> straddled;
+};
+
+// A table from the high bits of a key to its prune level, or to the cuts to search.
+class CutTable {
+ public:
+  explicit CutTable(Cuts cuts);
+  const Cuts& cuts() const { return cuts_; }
+  bool any_straddled() const { return any_straddled_; }
+
+  // Adds the number of elements equal to each straddled value to `equal`, [values].
+  void count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const;
+
+  // Writes the prune levels of elements [begin, end) to levels[begin..end). `ranks`, [values], holds
+  // how many equals of each straddled value stand before `begin`, and is advanced.
+  void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
+              uint8_t* levels) const;
+  void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
+              int16_t* levels) const;
+
+ private:
+  template <class Level>
+  void assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
+                  Level* levels) const;
+  int32_t search(uint64_t key, int32_t entry, int64_t* ranks) const;
+
+  Cuts cuts_;
+  int shift_;
+  bool any_straddled_;
+  std::vector<int32_t> table_;  // >= 0: the level; < 0: -1 - (first cut in this bin)
+};
+
+}  // namespace confprune

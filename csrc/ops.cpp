@@ -1,0 +1,418 @@
+// torch.ops.confprune.*: schemas, argument checks, and dispatch to the kernels.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels/grid_product.h"
+#include "kernels/prefix_rows.h"
+#include "kernels/selection.h"
+
+namespace confprune {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kSerial = 1 << 16;      // elements below which threads cost more than they save
+constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
+
+Element element_of(at::ScalarType type, const char* argument) {
+  switch (type) {
+    case at::kFloat:
+      return Element::float32;
+    case at::kDouble:
+      return Element::float64;
+    case at::kHalf:
+      return Element::float16;
+    case at::kBFloat16:
+      return Element::bfloat16;
+    default:
+      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, float16 or bfloat16, got ", type);
+  }
+}
+
+Source source_of(const Tensor& tensor, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),
+                    " dimensions; at most ", Source::kMaxDims, " are supported");
+  Source source{};
+  source.data = tensor.const_data_ptr();
+  source.element = element_of(tensor.scalar_type(), argument);
+  source.dims = int(tensor.dim());
+  source.contiguous = tensor.is_contiguous();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    source.sizes[d] = tensor.size(d);
+    source.strides[d] = tensor.stride(d);
+  }
+  return source;
+}
+
+void check_key(at::ScalarType element, at::ScalarType key) {
+  const bool ok = key == element || key == at::kDouble ||
+                  (key == at::kFloat && (element == at::kHalf || element == at::kBFloat16));
+  TORCH_CHECK_VALUE(ok, "key type ", key, " cannot hold the magnitudes of ", element, " scores");
+}
+
+const int64_t* int64_data(const Tensor& tensor, const char* argument) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong && tensor.is_contiguous(), argument,
+                   " must be a contiguous int64 tensor");
+  return tensor.const_data_ptr<int64_t>();
+}
+
+// Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each thread.
+template <class Body>
+int64_t parts(int64_t size, Body body) {
+  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
+  const int64_t step = (size + threads - 1) / std::max<int64_t>(1, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      body(part, std::min(size, part * step), std::min(size, (part + 1) * step));
+  });
+  return threads;
+}
+
+Tensor magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                           int64_t shift, int64_t digit_bits, Tensor& counts) {
+  check_key(scores.scalar_type(), key);
+  Digit digit{element_of(key, "key"), int(shift), int(digit_bits), {}};
+  TORCH_CHECK_VALUE(shift >= 0 && digit_bits >= 1 && shift + digit_bits <= key_bits(digit.key),
+                    "shift ", shift, " and digit_bits ", digit_bits, " leave the ",
+                    key_bits(digit.key), " bits of a key");
+  const int64_t* prefix_data = int64_data(prefixes, "prefixes");
+  digit.prefixes.assign(prefix_data, prefix_data + prefixes.numel());
+  const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
+  int64_data(counts, "counts");
+  TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ", cells);
+  const Source source = source_of(scores, "scores");
+  int64_t* total = counts.data_ptr<int64_t>();
+
+  std::mutex adding;
+  uint64_t largest = 0;
+  parts(scores.numel(), [&](int64_t, int64_t begin, int64_t end) {
+    uint64_t top = 0;
+    if (scores.numel() < kSerial) {
+      top = histogram(source, begin, end, digit, total);
+    } else {
+      std::unique_ptr<uint32_t[]> own(new uint32_t[cells]);
+      for (int64_t at = begin; at < end; at += kFlush) {
+        std::fill(own.get(), own.get() + cells, 0u);
+        top = std::max(top, histogram(source, at, std::min(end, at + kFlush), digit, own.get()));
+        const std::lock_guard<std::mutex> lock(adding);
+        for (int64_t cell = 0; cell < cells; ++cell) total[cell] += own[cell];
+      }
+    }
+    const std::lock_guard<std::mutex> lock(adding);
+    largest = std::max(largest, top);
+  });
+  return at::scalar_tensor(int64_t(largest), counts.options());
+}
+
+Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
+                     const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
+                     Tensor& ranks) {
+  check_key(scores.scalar_type(), key);
+  const int64_t cuts_size = thresholds.numel(), num_levels = ties.numel();
+  TORCH_CHECK_VALUE(first_level.numel() == cuts_size + 1 && straddled.numel() == cuts_size &&
+                        ranks.numel() == cuts_size,
+                    "thresholds, first_level, straddled and ranks disagree in size");
+  TORCH_CHECK_VALUE(num_levels <= 32767, "at most 32767 levels are supported, got ", num_levels);
+  TORCH_CHECK_TYPE(straddled.scalar_type() == at::kBool && straddled.is_contiguous(),
+                   "straddled must be a contiguous bool tensor");
+  Cuts cuts;
+  cuts.key = element_of(key, "key");
+  const int64_t* values = int64_data(thresholds, "thresholds");
+  const int64_t* first = int64_data(first_level, "first_level");
+  const int64_t* tie = int64_data(ties, "ties");
+  cuts.values.assign(values, values + cuts_size);
+  cuts.first_level.assign(first, first + cuts_size + 1);
+  cuts.ties.assign(tie, tie + num_levels);
+  const bool* flags = straddled.const_data_ptr<bool>();
+  cuts.straddled.assign(flags, flags + cuts_size);
+  int64_data(ranks, "ranks");
+  const CutTable table(std::move(cuts));
+
+  const Source source = source_of(scores, "scores");
+  Tensor levels = at::empty(scores.sizes(),
+                            scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
+  const int64_t size = scores.numel();
+  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
+  std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
+  int64_t* rank = ranks.data_ptr<int64_t>();
+  std::copy(rank, rank + cuts_size, equal.begin());
+  if (table.any_straddled()) {
+    // Ties are broken by position, so each part must know how many stand before it.
+    if (threads > 1)
+      parts(size, [&](int64_t part, int64_t begin, int64_t end) {
+        table.count_equal(source, begin, end, equal.data() + (part + 1) * cuts_size);
+      });
+    for (int64_t part = 1; part <= threads; ++part)
+      for (int64_t cut = 0; cut < cuts_size; ++cut)
+        equal[part * cuts_size + cut] += equal[(part - 1) * cuts_size + cut];
+  }
+  parts(size, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t* own = equal.data() + part * cuts_size;
+    if (levels.scalar_type() == at::kByte)
+      table.assign(source, begin, end, own, levels.data_ptr<uint8_t>());
+    else
+      table.assign(source, begin, end, own, levels.data_ptr<int16_t>());
+  });
+  if (table.any_straddled()) std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
+  return levels;
+}
+
+bool is_wide_levels(const Tensor& levels) {
+  TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte || levels.scalar_type() == at::kShort,
+                   "levels must be uint8 or int16, got ", levels.scalar_type());
+  return levels.scalar_type() == at::kShort;
+}
+
+at::ScalarType compute_type(const Tensor& weight) {
+  return weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, const Tensor& levels,
+                                                       int64_t num_levels, int64_t first,
+                                                       int64_t block) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be a matrix, got ", weight.dim(), " dimensions");
+  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
+                    " but levels has ", levels.sizes());
+  TORCH_CHECK_VALUE(first >= 0 && first < num_levels, "first ", first, " is not a level of ",
+                    num_levels);
+  TORCH_CHECK_VALUE(block >= 1 && block <= kMaxBlock, "block must be in [1, ", kMaxBlock, "], got ",
+                    block);
+  LevelledMatrix m{weight.const_data_ptr(),
+                   element_of(weight.scalar_type(), "weight"),
+                   {weight.stride(0), weight.stride(1)},
+                   levels.const_data_ptr(),
+                   is_wide_levels(levels),
+                   {levels.stride(0), levels.stride(1)},
+                   weight.size(0),
+                   weight.size(1)};
+  const int64_t blocks = (m.row_size + block - 1) / block;
+  const int64_t cells = m.rows * blocks;
+  const auto long_options = weight.options().dtype(at::kLong);
+  Tensor starts = at::zeros({cells + 1}, long_options);
+  Tensor counts = at::empty({cells, num_levels}, weight.options().dtype(at::kShort));
+  int64_t* start = starts.data_ptr<int64_t>();
+  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, m.row_size));
+  at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
+    count_prefixes(m, begin, end, block, num_levels, first, counts.data_ptr<int16_t>(), start);
+  });
+  for (int64_t cell = 0; cell < cells; ++cell) start[cell + 1] += start[cell];
+  Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
+  Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
+  at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
+    fill_prefixes(m, begin, end, block, num_levels, first, start, values.data_ptr(),
+                  columns.data_ptr<int16_t>());
+  });
+  return {values, columns, starts, counts};
+}
+
+void check_product(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                   const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
+                   int64_t first, int64_t block) {
+  TORCH_CHECK_VALUE(x.scalar_type() == weight.scalar_type(), "x is ", x.scalar_type(),
+                    " but weight is ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
+                    " but levels has ", levels.sizes());
+  is_wide_levels(levels);
+  int64_data(level, "level");
+  TORCH_CHECK_VALUE(x.size(0) == 1 || x.size(0) == level.numel(), "x has ", x.size(0),
+                    " inputs for ", level.numel(), " levels; it takes one, or one a level");
+  TORCH_CHECK_VALUE(rows.size() == 4, "rows must be the four tensors of prefix_rows");
+  const int64_t row_size = weight.numel() / std::max<int64_t>(1, weight.size(0));
+  const int64_t blocks = (row_size + block - 1) / std::max<int64_t>(1, block);
+  TORCH_CHECK_VALUE(rows[0].scalar_type() == compute_type(weight) &&
+                        rows[1].scalar_type() == at::kShort && rows[3].scalar_type() == at::kShort &&
+                        rows[2].numel() == weight.size(0) * blocks + 1 && rows[3].dim() == 2 &&
+                        rows[3].size(0) == weight.size(0) * blocks,
+                    "rows were not made by prefix_rows from this weight with block ", block);
+  const int64_t num_levels = rows[3].size(1);
+  TORCH_CHECK_VALUE(first >= 0 && first < num_levels, "first ", first, " is not a level of ",
+                    num_levels);
+  const int64_t* wanted = level.const_data_ptr<int64_t>();
+  for (int64_t k = 0; k < level.numel(); ++k) {
+    TORCH_CHECK_VALUE(wanted[k] >= 0 && wanted[k] < num_levels, "level ", wanted[k],
+                      " is not on the grid of ", num_levels);
+    TORCH_CHECK_VALUE(k == 0 || wanted[k] > wanted[k - 1], "level must be strictly increasing");
+  }
+  if (bias.has_value())
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias has shape ",
+                      bias->sizes(), " for ", weight.size(0), " outputs");
+}
+
+// Levels below `first` are not in the prefix rows: they go to `dense(slot, masked weight)`, one at a
+// time; the others to the grid product.
+template <class Dense>
+void multiply(GridProduct& product, const Tensor& x, const Tensor& weight, const Tensor& levels,
+              const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
+              int64_t first, int64_t block, Dense dense) {
+  const int64_t* wanted = level.const_data_ptr<int64_t>();
+  std::vector<int64_t> grid_levels, slots;
+  for (int64_t k = 0; k < level.numel(); ++k) {
+    if (wanted[k] >= first) {
+      grid_levels.push_back(wanted[k]);
+      slots.push_back(k);
+      continue;
+    }
+    dense(k, at::where(levels.gt(wanted[k]), weight, at::zeros({}, weight.options())));
+  }
+  if (grid_levels.empty() || x.numel() == 0 || weight.size(0) == 0) return;
+
+  const Tensor compute_bias =
+      bias.has_value() ? bias->to(compute_type(weight)).contiguous() : Tensor();
+  const int64_t row_size = weight.numel() / weight.size(0);
+  product.rows = {rows[0].const_data_ptr(),
+                  rows[1].const_data_ptr<int16_t>(),
+                  rows[2].const_data_ptr<int64_t>(),
+                  rows[3].const_data_ptr<int16_t>(),
+                  weight.size(0),
+                  row_size,
+                  block,
+                  (row_size + block - 1) / block,
+                  rows[3].size(1)};
+  product.bias = bias.has_value() ? compute_bias.const_data_ptr() : nullptr;
+  product.levels = grid_levels.data();
+  product.slots = slots.data();
+  product.num_levels = int64_t(grid_levels.size());
+  product.shared = x.size(0) == 1;
+  product.wide = weight.scalar_type() == at::kDouble;
+
+  const int threads = at::get_num_threads();
+  const GridPlan plan(product, threads);
+  const int64_t tasks = plan.tasks();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    // Kept from call to call: fresh pages cost more than the products of a small layer.
+    thread_local std::vector<char> scratch;
+    scratch.resize(std::max<size_t>(scratch.size(), size_t(plan.scratch_bytes()) + 64));
+    void* aligned = reinterpret_cast<void*>((uintptr_t(scratch.data()) + 63) / 64 * 64);
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t task = next++; task < tasks; task = next++) plan.run(task, aligned);
+  });
+}
+
+Tensor grid_linear(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                   const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
+                   int64_t first, int64_t block, bool batch_minor) {
+  TORCH_CHECK_VALUE(x.dim() == 3 && weight.dim() == 2 && x.size(2) == weight.size(1),
+                    "grid_linear takes x [1 or K, N, in] and weight [out, in], got ", x.sizes(),
+                    " and ", weight.sizes());
+  check_product(x, weight, levels, bias, level, rows, first, block);
+  const int64_t K = level.numel(), N = x.size(1), out = weight.size(0);
+  Tensor y = batch_minor ? at::empty({K, out, N}, x.options()).transpose(1, 2)
+                         : at::empty({K, N, out}, x.options());
+  GridProduct product{};
+  product.convolution = {
+      x.size(2), 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  const Element element = element_of(x.scalar_type(), "x");
+  product.x = {const_cast<void*>(x.const_data_ptr()), element,     x.stride(0), x.stride(1),
+               x.stride(2),                           {0, 0, 0}};
+  product.y = {y.data_ptr(), element, y.stride(0), y.stride(1), y.stride(2), {0, 0, 0}};
+  product.batch = N;
+  multiply(product, x, weight, levels, bias, level, rows, first, block,
+           [&](int64_t slot, const Tensor& masked) {
+             const Tensor input = x.size(0) == 1 ? x[0] : x[slot];
+             Tensor output = y[slot];
+             if (bias.has_value())
+               at::addmm_out(output, *bias, input, masked.t());
+             else
+               at::mm_out(output, input, masked.t());
+           });
+  return y;
+}
+
+Tensor grid_conv(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                 const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
+                 int64_t first, int64_t block, at::IntArrayRef stride, at::IntArrayRef padding,
+                 at::IntArrayRef dilation, int64_t groups) {
+  const int64_t spatial = weight.dim() - 2;
+  TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kSpatial && x.dim() == spatial + 3 && groups >= 1 &&
+                        x.size(2) == weight.size(1) * groups && weight.size(0) % groups == 0,
+                    "grid_conv takes x [1 or K, N, channels, positions...] and weight "
+                    "[out, channels / groups, kernel...], got ",
+                    x.sizes(), " and ", weight.sizes(), " with ", groups, " groups");
+  TORCH_CHECK_VALUE(int64_t(stride.size()) == spatial && int64_t(padding.size()) == spatial &&
+                        int64_t(dilation.size()) == spatial,
+                    "stride, padding and dilation need ", spatial, " values each");
+  check_product(x, weight, levels, bias, level, rows, first, block);
+  GridProduct product{};
+  Convolution& c = product.convolution;
+  c.channels = x.size(2);
+  c.groups = groups;
+  product.batch = x.size(1);
+  const Element element = element_of(x.scalar_type(), "x");
+  product.x = {const_cast<void*>(x.const_data_ptr()), element,     x.stride(0), x.stride(1),
+               x.stride(2),                           {0, 0, 0}};
+  std::vector<int64_t> shape{level.numel(), weight.size(0)};
+  for (int d = 0; d < kSpatial; ++d) {
+    const int64_t s = d - (kSpatial - spatial);  // the last dimensions are the ones in use
+    c.input[d] = s < 0 ? 1 : x.size(3 + s);
+    c.kernel[d] = s < 0 ? 1 : weight.size(2 + s);
+    c.stride[d] = s < 0 ? 1 : stride[s];
+    c.padding[d] = s < 0 ? 0 : padding[s];
+    c.dilation[d] = s < 0 ? 1 : dilation[s];
+    TORCH_CHECK_VALUE(c.stride[d] >= 1 && c.dilation[d] >= 1 && c.padding[d] >= 0,
+                      "stride and dilation must be positive, and padding not negative");
+    const int64_t room = c.input[d] + 2 * c.padding[d] - c.dilation[d] * (c.kernel[d] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, "the kernel is larger than the padded input in dimension ", s);
+    c.output[d] = room / c.stride[d] + 1;
+    if (s < 0) continue;
+    product.x.position_strides[d] = x.stride(3 + s);
+    shape.push_back(c.output[d]);
+  }
+  // Batch last in memory: the next grid product, and what stands between, then never transpose.
+  shape.push_back(product.batch);
+  Tensor y = at::empty(shape, x.options()).movedim(-1, 1);
+  product.y = {y.data_ptr(), element, y.stride(0), y.stride(1), y.stride(2), {0, 0, 0}};
+  for (int d = kSpatial - int(spatial); d < kSpatial; ++d)
+    product.y.position_strides[d] = y.stride(3 + d - (kSpatial - spatial));
+  const std::vector<int64_t> no_output_padding(spatial, 0);
+  multiply(product, x, weight, levels, bias, level, rows, first, block,
+           [&](int64_t slot, const Tensor& masked) {
+             const Tensor input = x.size(0) == 1 ? x[0] : x[slot];
+             y[slot].copy_(at::convolution(input, masked, bias, stride, padding, dilation, false,
+                                           no_output_padding, groups));
+           });
+  return y;
+}
+
+}  // namespace
+}  // namespace confprune
+
+TORCH_LIBRARY(confprune, m) {
+  m.def(
+      "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
+      "int digit_bits, Tensor(a!) counts) -> Tensor");
+  m.def(
+      "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
+      "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
+  m.def(
+      "prefix_rows(Tensor weight, Tensor levels, int num_levels, int first, int block) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "grid_linear(Tensor x, Tensor weight, Tensor levels, Tensor? bias, Tensor level, "
+      "Tensor[] rows, int first, int block, bool batch_minor) -> Tensor");
+  m.def(
+      "grid_conv(Tensor x, Tensor weight, Tensor levels, Tensor? bias, Tensor level, "
+      "Tensor[] rows, int first, int block, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(confprune, CPU, m) {
+  m.impl("magnitude_histogram", confprune::magnitude_histogram);
+  m.impl("assign_levels", confprune::assign_levels);
+  m.impl("prefix_rows", confprune::prefix_rows);
+  m.impl("grid_linear", confprune::grid_linear);
+  m.impl("grid_conv", confprune::grid_conv);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled kernels of confprune; importing it registers torch.ops.confprune.";
+  m.def("instruction_set", &confprune::instruction_set,
+        "The instruction set the grid product runs on: 'avx512', 'avx2' or 'baseline'.");
+}
