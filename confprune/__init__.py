@@ -1,3 +1,34 @@
-"""Magnitude pruning with a finite-sample guarantee."""
+"""Magnitude pruning with a finite-sample, distribution-free guarantee.
+
+>>> import torch, confprune
+>>> _ = torch.manual_seed(0)
+>>> model, data = torch.nn.Linear(16, 4), torch.randn(500, 16)
+>>> certificate = confprune.calibrate(
+...     model, data, loss="disagreement", alpha=0.1, delta=0.1, progress=False
+... )
+>>> sparse = certificate.prune(model)
+"""
 
 __version__ = "0.1.0"
+
+from confprune import criteria, losses, risk
+from confprune.calibration import calibrate, calibrate_losses, loss_matrix
+from confprune.certificate import Certificate, VerificationError
+from confprune.levels import PruneLevels, prune_levels
+from confprune.losses import Loss, Reference
+
+__all__ = [
+    "Certificate",
+    "Loss",
+    "PruneLevels",
+    "Reference",
+    "VerificationError",
+    "__version__",
+    "calibrate",
+    "calibrate_losses",
+    "criteria",
+    "loss_matrix",
+    "losses",
+    "prune_levels",
+    "risk",
+]

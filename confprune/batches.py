@@ -1,0 +1,229 @@
+"""Calibration data as a stream of batches, and how a model is called on one.
+
+Data is a ``Dataset``, a ``DataLoader``, tensors (one, a tuple or a mapping of them: all examples at
+once), or an iterable of batches. A batch is ``(inputs, targets)``, inputs alone, or a mapping whose
+labels stand under "labels" or "label", as Hugging Face has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+
+DEFAULT_BATCH_SIZE = 256
+_LABELS = ("labels", "label")
+
+
+def batches(data: Any, batch_size: int | None = None) -> Iterator[Any]:
+    """The batches of `data`, each as the data has it.
+
+    Parameters
+    ----------
+    data : Dataset, DataLoader, tensors, or iterable of batches
+    batch_size : int, optional
+        For data that is not yet in batches; default 256.
+
+    Raises
+    ------
+    TypeError
+        If `data` is none of these.
+    ValueError
+        If `data` is empty, its tensors differ in length, or `batch_size` is not positive or is
+        given for data that comes in batches.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import batches
+    >>> [len(x) for x, y in batches((torch.zeros(5, 2), torch.zeros(5)), batch_size=2)]
+    [2, 2, 1]
+    """
+    check_data(data, batch_size)
+    found = False
+    for batch in _stream(data, batch_size or DEFAULT_BATCH_SIZE):
+        size = batch_length(batch)
+        if size:
+            found = True
+            yield batch
+    if not found:
+        raise ValueError("data is empty: it gave no examples")
+
+
+def check_data(data: Any, batch_size: int | None) -> None:
+    """Raise unless `data` can be streamed with this `batch_size`; reads nothing."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    whole = _is_whole(data)
+    if whole:
+        batch_length(data)
+    elif isinstance(data, str | bytes) or not isinstance(data, Dataset | Iterable):
+        raise TypeError(
+            "data must be a Dataset, a DataLoader, a tuple of tensors or an iterable of batches, "
+            f"got {type(data).__name__}"
+        )
+    if batch_size is not None and not whole and not isinstance(data, Dataset):
+        raise ValueError(
+            f"batch_size={batch_size} was given, but data comes in batches already; leave it out"
+        )
+    if example_count(data) == 0:
+        raise ValueError("data is empty: it has no examples")
+
+
+def example_count(data: Any) -> int | None:
+    """The number of examples, where it is known without reading them; else None.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import example_count
+    >>> example_count(torch.zeros(7, 3)), example_count(iter([]))
+    (7, None)
+    """
+    if _is_whole(data):
+        return batch_length(data)
+    if isinstance(data, DataLoader):
+        if data.batch_size is None or not isinstance(data.dataset, Sized):
+            return None
+        if data.drop_last:
+            return len(data) * data.batch_size
+        return len(data.sampler) if isinstance(data.sampler, Sized) else len(data.dataset)
+    if isinstance(data, Dataset) and isinstance(data, Sized):
+        return len(data)
+    if isinstance(data, Sequence):
+        return sum(batch_length(batch) for batch in data)
+    return None
+
+
+def batch_length(batch: Any) -> int:
+    """The number of examples in a batch: the common first size of its tensors."""
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            "a batch must hold tensors with one row per example, all with as many rows; got "
+            f"{describe(batch)}"
+        )
+    return sizes.pop()  # type: ignore[return-value]
+
+
+def slice_batch(batch: Any, begin: int, end: int) -> Any:
+    """Examples [begin, end) of a batch, in its own structure."""
+    if isinstance(batch, Tensor):
+        return batch[begin:end]
+    if isinstance(batch, Mapping):
+        return {key: slice_batch(value, begin, end) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        if batch and not any(isinstance(v, Tensor | Mapping | tuple | list) for v in batch):
+            return batch[begin:end]  # a plain column, such as a list of file names
+        return type(batch)(slice_batch(value, begin, end) for value in batch)
+    return batch
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move_batch(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(move_batch(value, device) for value in batch)
+    return batch
+
+
+def targets_of(batch: Any) -> Tensor | None:
+    """The labels of a batch, if it has any."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in _LABELS if key in batch), None)
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    return None
+
+
+def padding_mask_of(batch: Any) -> Tensor | None:
+    """True at the positions of sequences that are not padding, if the batch says."""
+    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
+        mask = batch["attention_mask"]
+        return mask.bool() if mask.ndim == 2 else None
+    return None
+
+
+def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
+    """The model's outputs on a batch, as a tensor [B, ...].
+
+    Without `forward`, inputs go to the model as its argument, a tuple of inputs as its arguments, a
+    mapping less its labels as its keywords; of a Hugging Face output the logits are taken, or else
+    the last hidden state.
+    """
+    outputs = forward(model, batch) if forward is not None else _default_forward(model, batch)
+    if isinstance(outputs, Mapping):
+        for key in ("logits", "last_hidden_state"):
+            if isinstance(outputs.get(key), Tensor):
+                return outputs[key]  # type: ignore[no-any-return]
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model's output is a {type(outputs).__name__}, not a tensor [B, ...]; pass "
+            "forward=lambda model, batch: ... that returns the tensor the loss takes"
+        )
+    return outputs
+
+
+def describe(batch: Any) -> str:
+    """The structure of a batch in words, for messages."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, tuple | list):
+        return "(" + ", ".join(describe(value) for value in batch) + ")"
+    return f"a {type(batch).__name__}"
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key not in _LABELS})
+    if isinstance(batch, tuple | list):
+        if len(batch) not in (1, 2):
+            raise ValueError(
+                f"a batch must be (inputs, targets), inputs alone or a mapping; got {len(batch)} "
+                "values: pass forward=lambda model, batch: ... that calls the model"
+            )
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _stream(data: Any, batch_size: int) -> Iterable[Any]:
+    if _is_whole(data):
+        return (
+            slice_batch(data, begin, begin + batch_size)
+            for begin in range(0, batch_length(data), batch_size)
+        )
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=batch_size)
+    return data  # type: ignore[no-any-return]
+
+
+def _is_whole(data: Any) -> bool:
+    """Whether `data` is tensors that hold all examples at once."""
+    if isinstance(data, Tensor):
+        return True
+    if isinstance(data, Mapping):
+        return bool(data) and all(isinstance(value, Tensor) for value in data.values())
+    return isinstance(data, tuple) and bool(data) and all(isinstance(v, Tensor) for v in data)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _tensors(value)

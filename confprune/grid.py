@@ -1,0 +1,327 @@
+"""The grid forward: a network's losses on a batch, at every level of the grid, in one pass.
+
+The grid is a batch dimension: the model runs once under ``torch.vmap`` over the levels, with its
+prunable weights masked on the way (see `confprune.grid_mode`). What that gives is compared with the
+plain masked network on the first batch; where it differs, or the model does not lend itself, the same
+numbers are made level by level.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from confprune.batches import Forward, batch_length, call, padding_mask_of, slice_batch, targets_of
+from confprune.grid_mode import GridMode, Layer
+from confprune.levels import PruneLevels
+from confprune.losses import Loss, Reference, check_shapes
+
+ACTIVATION_BYTES = 256 << 20
+"""Default budget for the activations of the levels and examples in flight together."""
+
+_LIVE = 4  # activations of the largest size that are alive at once, roughly
+_CHECK_EXAMPLES = 4
+_CHECK_LEVELS = 3
+_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 2e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 1e-1,
+}
+
+
+class GridForward:
+    """Evaluates a loss of a model at the levels of a grid, batch by batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Never changed; run it inside `evaluation_mode`.
+    levels : PruneLevels
+        Of this model.
+    loss : Loss
+    forward : callable (model, batch) -> outputs, optional
+    activation_bytes : int
+        Memory for activations; levels and examples are taken in chunks that respect it.
+
+    Attributes
+    ----------
+    fallback : str or None
+        Why the levels are run one by one, if they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: PruneLevels,
+        loss: Loss,
+        *,
+        forward: Forward | None = None,
+        activation_bytes: int = ACTIVATION_BYTES,
+    ) -> None:
+        levels.check_model(model)
+        if activation_bytes < 1:
+            raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
+        self.levels = levels
+        self.loss = loss
+        self.fallback: str | None = None
+        self._budget = activation_bytes
+        self._network = _Network(model, forward)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._layers = {
+            id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
+            for name, prune in levels.levels.items()
+        }
+        self._batch_minor = True
+        self._footprint: _Footprint | None = None
+
+    @torch.no_grad()
+    def losses(self, batch: Any, active: Sequence[int]) -> Tensor:
+        """The loss of each example of a batch at the levels `active`, [B, len(active)] float32.
+
+        Raises
+        ------
+        ValueError
+            If the loss cannot take the outputs, or a loss is NaN or outside [0, 1].
+        """
+        if self._footprint is None:
+            self._prepare(batch)
+        size = batch_length(batch)
+        result = torch.empty(size, len(active), dtype=torch.float32)
+        for begin, end in self._example_chunks(size, len(active)):
+            part = slice_batch(batch, begin, end)
+            full = self._network(part)
+            reference = Reference(full, targets_of(part), padding_mask_of(part))
+            done = 0
+            while done < len(active):
+                chunk = active[done : done + self._level_chunk(end - begin)]
+                values = self._grid_losses(part, chunk, reference)
+                result[begin:end, done : done + len(chunk)] = values.T
+                done += len(chunk)
+        return result
+
+    def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
+        """Losses of one chunk, [levels, examples]; falls back level by level where it must."""
+        if self.fallback is None:
+            try:
+                return self._loss_of_grid(self._grid_outputs(batch, active), reference)
+            except Exception as error:
+                self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
+        return torch.stack(
+            [self._loss_of(self._masked_outputs(batch, j), reference) for j in active]
+        )
+
+    def _loss_of_grid(self, outputs: Tensor, reference: Reference) -> Tensor:
+        if self.loss.vmappable:
+            return torch.vmap(lambda y: self._loss_of(y, reference))(outputs)
+        return torch.stack([self._loss_of(y, reference) for y in outputs])
+
+    def _loss_of(self, outputs: Tensor, reference: Reference) -> Tensor:
+        return self.loss(outputs, reference).to(torch.float32)
+
+    def _grid_outputs(self, batch: Any, active: Sequence[int]) -> Tensor:
+        """The outputs at several levels at once, [levels, B, ...]."""
+        met: set[str] = set()
+
+        def at_level(level: Tensor) -> Tensor:
+            mode = GridMode(self._layers, level, batch_minor=self._batch_minor)
+            with mode:
+                outputs = self._network(batch)
+            met.update(mode.met)
+            return outputs
+
+        outputs = torch.vmap(at_level)(torch.tensor(active, device=self._network.device))
+        missed = set(self.levels.levels) - met
+        if missed:
+            raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
+        return outputs
+
+    def _masked_outputs(self, batch: Any, j: int) -> Tensor:
+        """The outputs of the plain network with the masked weights of level `j`, [B, ...]."""
+        masked = {layer.name: layer.masked(j) for layer in self._layers.values()}
+        return self._network.with_weights(masked, batch)
+
+    def _prepare(self, batch: Any) -> None:
+        """Check outputs and loss on a few examples, size the chunks, and check the grid."""
+        part = slice_batch(batch, 0, _CHECK_EXAMPLES)
+        probe = _Probe(self._layers)
+        with probe:
+            full = self._network(part)
+        size = batch_length(part)
+        if full.ndim == 0 or full.shape[0] != size:
+            raise ValueError(
+                f"the model's output has shape {list(full.shape)} for a batch of {size} examples; "
+                "its first dimension must be the batch: pass forward= to arrange that"
+            )
+        reference = Reference(full, targets_of(part), padding_mask_of(part))
+        check_shapes(self.loss, full, reference)
+        values = self.loss(full, reference)
+        if not isinstance(values, Tensor) or values.shape != (size,):
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"loss {self.loss.name!r} returned {shape} for {size} examples; it must return one "
+                "value per example, a tensor [B]"
+            )
+        self._footprint = probe.footprint(size)
+        if self.levels.total:
+            self._cross_check(part)
+
+    def _cross_check(self, batch: Any) -> None:
+        """Compare the grid with the plain masked network at a few levels; else fall back."""
+        last = len(self.levels) - 1
+        some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
+        plain = torch.stack([self._masked_outputs(batch, j) for j in some])
+        reason = ""
+        for self._batch_minor in (True, False):
+            try:
+                outputs = self._grid_outputs(batch, some)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {_first_line(error)}"
+                continue
+            reason = _difference(outputs, plain)
+            if not reason:
+                return
+        self._fall_back(reason)
+
+    def _fall_back(self, reason: str) -> None:
+        self.fallback = reason
+        warnings.warn(
+            "the levels are evaluated one by one, which gives the same numbers more slowly: "
+            f"{reason}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _example_chunks(self, size: int, levels: int) -> Iterator[tuple[int, int]]:
+        """Ranges of examples: as many as fit with all levels, but enough to fill the vectors."""
+        assert self._footprint is not None
+        per_example = self._footprint.activation * _LIVE
+        fit = self._budget // max(1, per_example * levels)
+        step = max(1, min(max(fit, self._footprint.examples), self._budget // max(1, per_example)))
+        for begin in range(0, size, step):
+            yield begin, min(size, begin + step)
+
+    def _level_chunk(self, examples: int) -> int:
+        assert self._footprint is not None
+        per_level = self._footprint.activation * _LIVE * examples + self._footprint.weight
+        return max(1, self._budget // max(1, per_level))
+
+
+class _NotSeen(RuntimeError):
+    """A prunable weight was used where no torch function saw it."""
+
+
+class _Network(nn.Module):
+    """A model with its way of being called, as one module of the batch."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+        self.device = next(model.parameters()).device
+
+    def forward(self, batch: Any) -> Tensor:
+        return call(self.model, batch, self._forward)
+
+    def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
+        """The outputs with some parameters replaced, tied ones everywhere."""
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
+
+
+class _Footprint:
+    """Bytes that one example or one level costs at one time, and the examples that fill the lanes."""
+
+    def __init__(self, activation: int, weight: int, examples: int) -> None:
+        self.activation = activation
+        self.weight = weight
+        self.examples = examples
+
+
+class _Probe(TorchFunctionMode):
+    """Measures a plain forward: the largest activation, and whether layers see single vectors."""
+
+    def __init__(self, layers: dict[int, Layer]) -> None:
+        super().__init__()
+        self._layers = layers
+        self._largest = 1
+        self._vectors = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
+                self._largest = max(self._largest, leaf.numel() * leaf.element_size())
+        if any(isinstance(a, Tensor) and id(a) in self._layers for a in args):
+            self._vectors &= isinstance(args[0], Tensor) and args[0].ndim == 2
+        return result
+
+    def footprint(self, size: int) -> _Footprint:
+        weight = max(layer.weight.numel() * layer.weight.element_size() for layer in
+                     self._layers.values()) if self._layers else 0  # fmt: skip
+        return _Footprint(-(-self._largest // size), weight, 64 if self._vectors else 16)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each module's own training flag restored in the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def plain_losses(
+    model: nn.Module,
+    pruned: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    forward: Forward | None = None,
+) -> Tensor:
+    """The loss of each example of a batch, [B]: two plain forwards and nothing else."""
+    with torch.no_grad():
+        full = call(model, batch, forward)
+        reference = Reference(full, targets_of(batch), padding_mask_of(batch))
+        outputs = call(pruned, batch, forward)
+        check_shapes(loss, outputs, reference)
+        return loss(outputs, reference).to(torch.float32)
+
+
+def _difference(outputs: Tensor, plain: Tensor) -> str:
+    """Why two sets of outputs are not the same, or nothing if they are."""
+    if outputs.shape != plain.shape:
+        return f"outputs have shape {list(outputs.shape)} rather than {list(plain.shape)}"
+    tolerance = _TOLERANCE.get(plain.dtype, 2e-3)
+    a, b = outputs.double(), plain.double()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return "outputs are NaN in other places than the plain masked network's"
+    finite = torch.isfinite(b)
+    if not torch.equal(a[~finite].nan_to_num(0.5), b[~finite].nan_to_num(0.5)):
+        return "outputs are infinite in other places than the plain masked network's"
+    if not finite.any():
+        return ""
+    scale = b[finite].abs().max()
+    error = (a[finite] - b[finite]).abs().max()
+    if error > tolerance * scale:
+        return f"outputs differ by {error / scale:.1e} of their size from the plain masked network's"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+

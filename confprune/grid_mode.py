@@ -1,0 +1,282 @@
+"""The model's own code, run with every prunable weight replaced by its masked self.
+
+A `TorchFunctionMode` sees each torch function the model calls. Where one receives a prunable weight it
+is given the masked weight of the level instead: ``F.linear``, ``addmm`` and the convolutions through
+the grid operators, ``F.embedding`` by masking the rows it takes, anything else with the masked weight
+written out. Under ``torch.vmap`` over the level this evaluates all levels at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_iter, tree_map
+
+from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
+
+# Where a layer keeps more than this share of its weights, a dense product with the masked weight wins.
+_DENSE_LINEAR = 0.5
+_DENSE_CONV = 0.8
+_BLOCK = 128  # columns whose inputs stay in the first-level cache
+_MAX_BLOCK = 32767
+
+
+class Layer:
+    """A prunable weight, its prune levels, and what the grid operators need of them."""
+
+    def __init__(self, name: str, weight: Tensor, levels: Tensor, num_levels: int) -> None:
+        self.name = name
+        self.weight = weight.detach()
+        self.levels = levels.to(weight.device)
+        self.num_levels = num_levels
+        self._rows: dict[Any, tuple[list[Tensor], int, int]] = {}
+
+    @cached_property
+    def densities(self) -> list[float]:
+        """The share of the weights alive at each level, [K]."""
+        pruned = torch.bincount(self.levels.flatten(), minlength=self.num_levels + 1)
+        share = 1 - pruned.cumsum(0)[:-1] / max(1, self.levels.numel())
+        return [float(s) for s in share]
+
+    def masked(self, level: Tensor | int) -> Tensor:
+        """The weight at one level."""
+        return torch.where(self.levels > level, self.weight, 0)
+
+    def rows(self, *, shared: bool, transposed: bool, dense: float) -> tuple[list[Tensor], int, int]:
+        """Prefix rows, the first level they cover, and their block; made when first asked for.
+
+        Levels that share one input cost one product for all of them, so they are all covered and the
+        rows need no blocks; else the levels denser than `dense` are left to the dense product.
+        """
+        if (shared, transposed) not in self._rows:
+            weight, levels = self._matrix(transposed)
+            first = 0
+            if not shared:
+                sparse = [j for j, density in enumerate(self.densities) if density <= dense]
+                first = sparse[0] if sparse else self.num_levels - 1
+            block = min(max(1, weight.shape[1]), _MAX_BLOCK) if shared else _BLOCK
+            rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, first, block)
+            self._rows[shared, transposed] = (list(rows), first, block)
+        return self._rows[shared, transposed]
+
+    def _matrix(self, transposed: bool) -> tuple[Tensor, Tensor]:
+        if transposed:
+            return self.weight.t(), self.levels.t()
+        return self.weight.flatten(1), self.levels.flatten(1)
+
+    def takes(self, x: Any) -> bool:
+        """Whether the grid operators can multiply `x` with this weight."""
+        return (
+            isinstance(x, Tensor)
+            and x.device.type == "cpu"
+            and self.weight.device.type == "cpu"
+            and x.dtype == self.weight.dtype
+            and self.weight.numel() > 0
+            and x.numel() > 0
+        )
+
+
+class GridMode(TorchFunctionMode):
+    """Replaces prunable weights by their masked selves at `level`, a scalar that vmap may batch.
+
+    Attributes
+    ----------
+    met : set of str
+        Names of the weights that a function has received.
+    """
+
+    def __init__(self, layers: dict[int, Layer], level: Tensor, *, batch_minor: bool) -> None:
+        super().__init__()
+        self.layers = layers
+        self.level = level
+        self.batch_minor = batch_minor
+        self.met: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, with masked weights where it was given prunable ones."""
+        kwargs = kwargs or {}
+        if func in _METADATA or not tree_any(self._is_prunable, (args, kwargs)):
+            return func(*args, **kwargs)
+        for leaf in tree_iter((args, kwargs)):
+            if self._is_prunable(leaf):
+                self.met.add(self.layers[id(leaf)].name)
+        fused = _FUSED.get(func)
+        if fused is not None:
+            result = fused(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map(self._masked, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _is_prunable(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and id(value) in self.layers
+
+    def _masked(self, value: Any) -> Any:
+        return self.layers[id(value)].masked(self.level) if self._is_prunable(value) else value
+
+    def layer(self, weight: Any, x: Any) -> Layer | None:
+        """The layer of a prunable weight that the grid operators can multiply with `x`."""
+        layer = self.layers.get(id(weight))
+        return layer if layer is not None and layer.takes(x) else None
+
+
+def _depends_on_level(x: Tensor) -> bool:
+    return bool(torch._C._functorch.is_batchedtensor(x))
+
+
+def _linear(mode: GridMode, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _matrix_product(mode, input, weight, bias, transposed=False)
+
+
+def _addmm(
+    mode: GridMode, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Any:
+    if beta != 1 or alpha != 1 or input.ndim != 1 or mode.layer(mat1, mat2) is not None:
+        return NotImplemented
+    return _matrix_product(mode, mat1, mat2, input, transposed=True)
+
+
+def _matrix_product(
+    mode: GridMode, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
+) -> Any:
+    layer = mode.layer(weight, x)
+    if layer is None or weight.ndim != 2 or (bias is not None and id(bias) in mode.layers):
+        return NotImplemented
+    rows, first, block = layer.rows(
+        shared=not _depends_on_level(x), transposed=transposed, dense=_DENSE_LINEAR
+    )
+    matrix, levels = layer._matrix(transposed)
+    # Sequences go on to normalisations over their features, which want these to be contiguous.
+    batch_minor = mode.batch_minor and x.ndim == 2
+    y = torch.ops.confprune.grid_linear(
+        x.reshape(1, -1, x.shape[-1]),
+        matrix,
+        levels,
+        bias,
+        mode.level.reshape(1),
+        rows,
+        first,
+        block,
+        batch_minor,
+    )
+    return y.reshape(*x.shape[:-1], matrix.shape[0])
+
+
+def _conv(dimensions: int) -> Callable[..., Any]:
+    def conv(
+        mode: GridMode,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        layer = mode.layer(weight, input)
+        if layer is None or (bias is not None and id(bias) in mode.layers):
+            return NotImplemented
+        margin = _padding(padding, weight, dilation)
+        if margin is None or input.ndim not in (dimensions + 1, dimensions + 2):
+            return NotImplemented
+        rows, first, block = layer.rows(
+            shared=not _depends_on_level(input), transposed=False, dense=_DENSE_CONV
+        )
+        batched = input.ndim == dimensions + 2
+        x = input if batched else input.unsqueeze(0)
+        y = torch.ops.confprune.grid_conv(
+            x.unsqueeze(0),
+            layer.weight,
+            layer.levels,
+            bias,
+            mode.level.reshape(1),
+            rows,
+            first,
+            block,
+            _each(stride, dimensions),
+            margin,
+            _each(dilation, dimensions),
+            groups,
+        ).squeeze(0)
+        if not mode.batch_minor:
+            y = y.contiguous()
+        return y if batched else y.squeeze(0)
+
+    return conv
+
+
+def _padding(padding: Any, weight: Tensor, dilation: Any) -> list[int] | None:
+    """Padding of each dimension in numbers; None where the two sides differ."""
+    dimensions = weight.ndim - 2
+    if padding == "valid":
+        return [0] * dimensions
+    if padding == "same":
+        reach = [
+            d * (k - 1)
+            for d, k in zip(_each(dilation, dimensions), weight.shape[2:], strict=True)
+        ]
+        return [r // 2 for r in reach] if all(r % 2 == 0 for r in reach) else None
+    return _each(padding, dimensions)
+
+
+def _each(value: Any, dimensions: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dimensions if len(values) == 1 else values
+
+
+def _embedding(
+    mode: GridMode,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    layer = mode.layers.get(id(weight))
+    if layer is None or max_norm is not None:
+        return NotImplemented
+    rows, levels = F.embedding(input, layer.weight), F.embedding(input, layer.levels)
+    return torch.where(levels > mode.level, rows, 0)
+
+
+_FUSED: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.conv1d: _conv(1),
+    torch.conv2d: _conv(2),
+    torch.conv3d: _conv(3),
+    F.embedding: _embedding,
+}
+
+# What a weight is asked about itself, and masking does not change.
+_METADATA: set[Any] = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+        + ("is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "grad_fn")
+        + ("is_leaf", "itemsize", "nbytes")
+    ),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+    Tensor.__hash__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}

@@ -1,0 +1,240 @@
+"""Prune levels: one small integer a weight that holds the masks of a whole grid of sparsities."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from confprune.criteria import resolve_criterion
+from confprune.parameters import ParameterFilter, detached, prunable_parameters
+from confprune.selection import assign, select
+
+SCOPES = ("global", "layer")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PruneLevels:
+    """The nested masks of K sparsities, as the level at which each weight is pruned first.
+
+    The weight survives level j iff its prune level is greater than j. Made by `prune_levels`.
+
+    Attributes
+    ----------
+    sparsities : tuple of K floats
+    counts : [K] int64 tensor
+        Number of weights pruned at each level.
+    thresholds : [K] float64 tensor, or [K, P] for scope "layer" and P parameters
+        The largest pruned score; -inf where none is pruned.
+    levels : dict from name to tensor
+        The prune levels, in the shape of the parameter: uint8 for K <= 255, else int16.
+    scope, criterion : str
+    """
+
+    sparsities: tuple[float, ...]
+    counts: Tensor
+    thresholds: Tensor
+    levels: dict[str, Tensor]
+    scope: str
+    criterion: str
+
+    def __len__(self) -> int:
+        return len(self.sparsities)
+
+    def __repr__(self) -> str:
+        low, high = self.sparsities[0], self.sparsities[-1]
+        return (
+            f"PruneLevels({len(self)} sparsities from {low:g} to {high:g}, {self.total:,} weights "
+            f"in {len(self.levels)} parameters, scope={self.scope!r}, "
+            f"criterion={self.criterion!r})"
+        )
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(levels.numel() for levels in self.levels.values())
+
+    @cached_property
+    def pruned_by_layer(self) -> dict[str, Tensor]:
+        """For each parameter the number of its weights pruned at each level, [K] int64."""
+        return {
+            name: torch.bincount(levels.flatten(), minlength=len(self) + 1).cumsum(0)[:-1].cpu()
+            for name, levels in self.levels.items()
+        }
+
+    def mask(self, name: str, j: int) -> Tensor:
+        """The mask of one parameter at level `j`: bool, True where the weight survives."""
+        if name not in self.levels:
+            raise ValueError(f"no prune levels for {name!r}; there are {list(self.levels)}")
+        return self.levels[name] > self._index(j)
+
+    def sparsity_by_layer(self, j: int) -> dict[str, float]:
+        """The fraction of each parameter's weights that is pruned at level `j`."""
+        j = self._index(j)
+        return {
+            name: int(pruned[j]) / max(1, self.levels[name].numel())
+            for name, pruned in self.pruned_by_layer.items()
+        }
+
+    def prune(self, model: nn.Module, j: int) -> nn.Module:
+        """A copy of the model with the weights of level `j` set to zero; `model` is untouched.
+
+        Raises
+        ------
+        ValueError
+            If `j` is not a level, or the model lacks a parameter or has it in another shape.
+        """
+        j = self._index(j)
+        self.check_model(model)
+        pruned = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in _parameters(pruned).items():
+                if name in self.levels:
+                    levels = self.levels[name].to(parameter.device)
+                    parameter.masked_fill_(levels <= j, 0)
+        return pruned
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError unless `model` has the parameters that were levelled, in their shapes."""
+        present = _parameters(model)
+        for name, levels in self.levels.items():
+            if name not in present:
+                raise ValueError(f"the model has no parameter {name!r}, which these levels prune")
+            if present[name].shape != levels.shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {list(present[name].shape)} in the model but "
+                    f"{list(levels.shape)} in these levels"
+                )
+
+    def _index(self, j: int) -> int:
+        j = operator.index(j)
+        if not 0 <= j < len(self):
+            raise ValueError(f"level {j} is not on the grid: levels go from 0 to {len(self) - 1}")
+        return j
+
+
+def prune_levels(
+    model: nn.Module,
+    sparsities: Sequence[float] | np.ndarray | Tensor,
+    *,
+    scope: str = "global",
+    criterion: str = "magnitude",
+    parameters: ParameterFilter | None = None,
+) -> PruneLevels:
+    """The prune level of every weight for a grid of sparsities.
+
+    At sparsity s exactly round(s · d) of the d competing weights are pruned, the smallest scores
+    first, ties broken by position (parameter order, then flat index).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    sparsities : [K]
+        Strictly increasing, in [0, 1).
+    scope : {"global", "layer"}
+        Whether all parameters compete, or each alone.
+    criterion : str
+        How weights are scored; see `confprune.criteria`.
+    parameters : names, or predicate (name, parameter) -> bool, optional
+        Default: the weights of linear layers and of convolutions of any dimension.
+
+    Returns
+    -------
+    PruneLevels
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a bad grid, unknown names, nothing to prune, or NaN weights.
+
+    Examples
+    --------
+    >>> import torch, confprune
+    >>> model = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -1.0, 2.0, -4.0]]))
+    >>> levels = confprune.prune_levels(model, [0.0, 0.25, 0.5])
+    >>> levels.levels["weight"].tolist()
+    [[3, 1, 2, 3]]
+    >>> levels.prune(model, 2).weight.tolist()
+    [[3.0, 0.0, 0.0, -4.0]]
+    """
+    return levels_of(
+        detached(prunable_parameters(model, parameters)),
+        sparsities,
+        scope=scope,
+        criterion=criterion,
+    )
+
+
+def levels_of(
+    tensors: Mapping[str, Tensor],
+    sparsities: Sequence[float] | np.ndarray | Tensor,
+    *,
+    scope: str = "global",
+    criterion: str = "magnitude",
+) -> PruneLevels:
+    """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.levels import levels_of
+    >>> levels_of({"w": torch.tensor([0.1, -0.2])}, [0.5]).mask("w", 0).tolist()
+    [False, True]
+    """
+    grid = check_sparsities(sparsities)
+    if scope not in SCOPES:
+        raise ValueError(f"scope {scope!r} is unknown; choose from {list(SCOPES)}")
+    score = resolve_criterion(criterion)
+    scores = {name: score(tensor).cpu() for name, tensor in tensors.items()}
+    groups = [scores] if scope == "global" else [{n: s} for n, s in scores.items()]
+    levels: dict[str, Tensor] = {}
+    counts = np.zeros(len(grid), dtype=np.int64)
+    thresholds = []
+    for group in groups:
+        size = sum(tensor.numel() for tensor in group.values())
+        cuts = select(group, [round(s * size) for s in grid])
+        levels.update(assign(group, cuts))
+        counts += cuts.counts
+        thresholds.append(cuts.thresholds)
+    return PruneLevels(
+        sparsities=grid,
+        counts=torch.from_numpy(counts),
+        thresholds=thresholds[0] if scope == "global" else torch.stack(thresholds, dim=1),
+        levels={name: levels[name].to(tensor.device) for name, tensor in tensors.items()},
+        scope=scope,
+        criterion=criterion,
+    )
+
+
+def check_sparsities(sparsities: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
+    """The grid as floats, after checking that it is one: strictly increasing, in [0, 1)."""
+    if isinstance(sparsities, Tensor):
+        sparsities = sparsities.detach().cpu().numpy()
+    values = np.asarray(sparsities, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(
+            f"sparsities must be a non-empty one-dimensional grid, got shape {values.shape}"
+        )
+    if values.size > 32767:
+        raise ValueError(f"sparsities has {values.size} levels; at most 32767 are supported")
+    for s in values:
+        if not 0 <= s < 1:
+            raise ValueError(f"sparsities must be in [0, 1), got {s:g}")
+    for a, b in zip(values, values[1:], strict=False):
+        if b <= a:
+            raise ValueError(
+                f"sparsities must be strictly increasing, got {b:g} after {a:g}; sort them and "
+                "remove duplicates"
+            )
+    return tuple(float(s) for s in values)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))

@@ -1,0 +1,117 @@
+"""Which parameters of a model are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def prunable_parameters(
+    model: nn.Module, parameters: ParameterFilter | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters to prune, by name, in the model's order; tied ones once, by their first name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    parameters : names, or predicate (name, parameter) -> bool, optional
+        Default: the weights of linear layers and of convolutions of any dimension.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module, or a parameter is not of a floating type that can be pruned.
+    ValueError
+        If nothing is left to prune, a name is unknown, or a layer computes its weight from other
+        parameters.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from confprune.parameters import prunable_parameters
+    >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
+    ['0.weight', '2.weight']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if parameters is None:
+        chosen = _layer_weights(model)
+    elif callable(parameters):
+        chosen = {n: p for n, p in model.named_parameters() if parameters(n, p)}
+    else:
+        chosen = _named(model, parameters)
+    if not chosen:
+        raise ValueError(
+            "the model has no prunable weights: it holds no Linear or Conv layer, or parameters= "
+            "chose none; name them with parameters=[...] or a predicate (name, parameter) -> bool"
+        )
+    for name, parameter in chosen.items():
+        if parameter.dtype not in DTYPES:
+            raise TypeError(
+                f"parameter {name!r} is {parameter.dtype}; float32, float64, float16 and bfloat16 "
+                "can be pruned: leave it out with parameters="
+            )
+    return chosen
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: ``nn.Linear``, or the Conv1D of GPT-2 in transformers."""
+    conv1d = type(module).__name__ == "Conv1D" and "transformers" in type(module).__module__
+    return isinstance(module, nn.Linear) or conv1d
+
+
+def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all linear and convolution layers, each once."""
+    first_names = {id(p): n for n, p in model.named_parameters()}
+    chosen: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        if not (is_linear(module) or isinstance(module, _ConvNd)):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None or parametrize.is_parametrized(module, "weight"):
+            raise ValueError(
+                f"layer {prefix!r} computes its weight from other parameters (weight norm, another "
+                "parametrization, or torch.nn.utils.prune). Make the weight a parameter first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
+                "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
+                "'weight')"
+            )
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {prefix!r} is lazy: run the model once before pruning it")
+        chosen[first_names[id(weight)]] = weight
+    return chosen
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters with these names; a tied parameter answers to each of its names."""
+    if isinstance(names, str):
+        raise TypeError(f"parameters must be a collection of names, got the string {names!r}")
+    every = dict(model.named_parameters(remove_duplicate=False))
+    wanted = set()
+    for name in names:
+        if name not in every:
+            raise ValueError(
+                f"parameters names {name!r}, which the model does not have; its parameters are "
+                f"{_listing(every)}"
+            )
+        wanted.add(id(every[name]))
+    return {n: p for n, p in model.named_parameters() if id(p) in wanted}
+
+
+def _listing(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    rest = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def detached(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The same tensors without their history."""
+    return {name: parameter.detach() for name, parameter in parameters.items()}
