@@ -27,7 +27,7 @@ from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import Loss, LossLike, resolve_loss
 from confprune.parameters import ParameterFilter
 from confprune.risk.bounds import required_n, upper_bound
-from confprune.risk.inputs import check_losses, check_probability, losses_are_binary
+from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risk.testing import resolve_procedure
 
@@ -313,17 +313,13 @@ def _moved_batches(
 ) -> Iterator[Any]:
     """Batches on the model's device, with a progress bar that counts examples."""
     device = next(model.parameters()).device
-    with tqdm(
-        total=example_count(data), desc=title, unit="example", disable=not progress
-    ) as bar:
+    with tqdm(total=example_count(data), desc=title, unit="example", disable=not progress) as bar:
         for batch in batches(data, batch_size):
             yield move_batch(batch, device)
             bar.update(batch_length(batch))
 
 
-def _check_values(
-    values: Tensor, loss: Loss, first: int, sparsities: Sequence[float]
-) -> None:
+def _check_values(values: Tensor, loss: Loss, first: int, sparsities: Sequence[float]) -> None:
     """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
     wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
     if not wrong.any():
@@ -363,7 +359,7 @@ def _certify(
         loss=loss_name,
         pvalue=kind.name,
         procedure=procedure,
-        risks=tuple(losses.mean(axis=0)),
+        risks=tuple(loss_sums(losses) / n),
         pvalues=tuple(values),
         bounds=tuple(bounds.upper_bound(losses, delta, kind.name)),
         rejected=tuple(resolve_procedure(procedure).test(values, delta)),

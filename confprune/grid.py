@@ -23,7 +23,7 @@ from confprune.grid_mode import GridMode, Layer
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 
-ACTIVATION_BYTES = 256 << 20
+ACTIVATION_BYTES = 32 << 20
 """Default budget for the activations of the levels and examples in flight together."""
 
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
@@ -316,12 +316,12 @@ def _difference(outputs: Tensor, plain: Tensor) -> str:
     scale = b[finite].abs().max()
     error = (a[finite] - b[finite]).abs().max()
     if error > tolerance * scale:
-        return f"outputs differ by {error / scale:.1e} of their size from the plain masked network's"
+        return (
+            f"outputs differ by {error / scale:.1e} of their size from the plain masked network's"
+        )
     return ""
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
-
-

@@ -9,20 +9,17 @@ written out. Under ``torch.vmap`` over the level this evaluates all levels at on
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
+from confprune.attention import attention, multi_head_attention
 
-# Where a layer keeps more than this share of its weights, a dense product with the masked weight wins.
-_DENSE_LINEAR = 0.5
-_DENSE_CONV = 0.8
 _BLOCK = 128  # columns whose inputs stay in the first-level cache
 _MAX_BLOCK = 32767
 
@@ -37,38 +34,24 @@ class Layer:
         self.num_levels = num_levels
         self._rows: dict[Any, tuple[list[Tensor], int, int]] = {}
 
-    @cached_property
-    def densities(self) -> list[float]:
-        """The share of the weights alive at each level, [K]."""
-        pruned = torch.bincount(self.levels.flatten(), minlength=self.num_levels + 1)
-        share = 1 - pruned.cumsum(0)[:-1] / max(1, self.levels.numel())
-        return [float(s) for s in share]
-
     def masked(self, level: Tensor | int) -> Tensor:
         """The weight at one level."""
         return torch.where(self.levels > level, self.weight, 0)
 
-    def rows(self, *, shared: bool, transposed: bool, dense: float) -> tuple[list[Tensor], int, int]:
-        """Prefix rows, the first level they cover, and their block; made when first asked for.
+    def rows(self, *, shared: bool, transposed: bool = False) -> tuple[list[Tensor], int, int]:
+        """Prefix rows, the number of rows, and their block; made when first asked for.
 
-        Levels that share one input cost one product for all of them, so they are all covered and the
-        rows need no blocks; else the levels denser than `dense` are left to the dense product.
+        Levels that share one input walk each row once, so that their rows need no blocks.
         """
         if (shared, transposed) not in self._rows:
-            weight, levels = self._matrix(transposed)
-            first = 0
-            if not shared:
-                sparse = [j for j, density in enumerate(self.densities) if density <= dense]
-                first = sparse[0] if sparse else self.num_levels - 1
-            block = min(max(1, weight.shape[1]), _MAX_BLOCK) if shared else _BLOCK
-            rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, first, block)
-            self._rows[shared, transposed] = (list(rows), first, block)
+            weight, levels = self.weight, self.levels
+            if transposed:
+                weight, levels = weight.t(), levels.t()
+            weight, levels = weight.flatten(1), levels.flatten(1)
+            block = min(weight.shape[1], _MAX_BLOCK) if shared else _BLOCK
+            rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, block)
+            self._rows[shared, transposed] = (list(rows), weight.shape[0], block)
         return self._rows[shared, transposed]
-
-    def _matrix(self, transposed: bool) -> tuple[Tensor, Tensor]:
-        if transposed:
-            return self.weight.t(), self.levels.t()
-        return self.weight.flatten(1), self.levels.flatten(1)
 
     def takes(self, x: Any) -> bool:
         """Whether the grid operators can multiply `x` with this weight."""
@@ -103,16 +86,17 @@ class GridMode(TorchFunctionMode):
     ) -> Any:
         """Call `func`, with masked weights where it was given prunable ones."""
         kwargs = kwargs or {}
-        if func in _METADATA or not tree_any(self._is_prunable, (args, kwargs)):
+        if func in _METADATA:
             return func(*args, **kwargs)
-        for leaf in tree_iter((args, kwargs)):
-            if self._is_prunable(leaf):
-                self.met.add(self.layers[id(leaf)].name)
-        fused = _FUSED.get(func)
-        if fused is not None:
-            result = fused(self, *args, **kwargs)
+        prunable = [leaf for leaf in tree_iter((args, kwargs)) if self._is_prunable(leaf)]
+        self.met.update(self.layers[id(weight)].name for weight in prunable)
+        replacement = _FUSED.get(func) if prunable else _UNDER_VMAP.get(func)
+        if replacement is not None:
+            result = replacement(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if not prunable:
+            return func(*args, **kwargs)
         args, kwargs = tree_map(self._masked, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -150,24 +134,14 @@ def _matrix_product(
     layer = mode.layer(weight, x)
     if layer is None or weight.ndim != 2 or (bias is not None and id(bias) in mode.layers):
         return NotImplemented
-    rows, first, block = layer.rows(
-        shared=not _depends_on_level(x), transposed=transposed, dense=_DENSE_LINEAR
-    )
-    matrix, levels = layer._matrix(transposed)
+    rows, outputs, block = layer.rows(shared=not _depends_on_level(x), transposed=transposed)
     # Sequences go on to normalisations over their features, which want these to be contiguous.
     batch_minor = mode.batch_minor and x.ndim == 2
+    inputs = x.reshape(1, -1, x.shape[-1])
     y = torch.ops.confprune.grid_linear(
-        x.reshape(1, -1, x.shape[-1]),
-        matrix,
-        levels,
-        bias,
-        mode.level.reshape(1),
-        rows,
-        first,
-        block,
-        batch_minor,
+        inputs, bias, mode.level.reshape(1), rows, outputs, block, batch_minor
     )
-    return y.reshape(*x.shape[:-1], matrix.shape[0])
+    return y.reshape(*x.shape[:-1], outputs)
 
 
 def _conv(dimensions: int) -> Callable[..., Any]:
@@ -187,20 +161,16 @@ def _conv(dimensions: int) -> Callable[..., Any]:
         margin = _padding(padding, weight, dilation)
         if margin is None or input.ndim not in (dimensions + 1, dimensions + 2):
             return NotImplemented
-        rows, first, block = layer.rows(
-            shared=not _depends_on_level(input), transposed=False, dense=_DENSE_CONV
-        )
+        rows, outputs, block = layer.rows(shared=not _depends_on_level(input))
         batched = input.ndim == dimensions + 2
-        x = input if batched else input.unsqueeze(0)
         y = torch.ops.confprune.grid_conv(
-            x.unsqueeze(0),
-            layer.weight,
-            layer.levels,
+            (input if batched else input.unsqueeze(0)).unsqueeze(0),
             bias,
             mode.level.reshape(1),
             rows,
-            first,
+            outputs,
             block,
+            list(weight.shape[2:]),
             _each(stride, dimensions),
             margin,
             _each(dilation, dimensions),
@@ -220,8 +190,7 @@ def _padding(padding: Any, weight: Tensor, dilation: Any) -> list[int] | None:
         return [0] * dimensions
     if padding == "same":
         reach = [
-            d * (k - 1)
-            for d, k in zip(_each(dilation, dimensions), weight.shape[2:], strict=True)
+            d * (k - 1) for d, k in zip(_each(dilation, dimensions), weight.shape[2:], strict=True)
         ]
         return [r // 2 for r in reach] if all(r % 2 == 0 for r in reach) else None
     return _each(padding, dimensions)
@@ -230,6 +199,16 @@ def _padding(padding: Any, weight: Tensor, dilation: Any) -> list[int] | None:
 def _each(value: Any, dimensions: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * dimensions if len(values) == 1 else values
+
+
+def _multi_head(mode: GridMode, *args: Any, **kwargs: Any) -> Any:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = _linear(mode, x, weight, bias)
+        if y is not NotImplemented:
+            return y  # type: ignore[no-any-return]
+        return F.linear(*tree_map(mode._masked, (x, weight, bias)))
+
+    return multi_head_attention(linear, *args, **kwargs)
 
 
 def _embedding(
@@ -249,6 +228,34 @@ def _embedding(
     return torch.where(levels > mode.level, rows, 0)
 
 
+def _attention(mode: GridMode, *args: Any, **kwargs: Any) -> Any:
+    return attention(*args, **kwargs)
+
+
+def _batch_norm(
+    mode: GridMode,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Batch norm with fixed statistics as one scale and shift: torch's own copies under vmap."""
+    fixed = not training and running_mean is not None and running_var is not None
+    if not fixed or input.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    assert running_mean is not None and running_var is not None
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    return input * scale.reshape(shape) + shift.reshape(shape)
+
+
 _FUSED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -256,6 +263,14 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     torch.conv2d: _conv(2),
     torch.conv3d: _conv(3),
     F.embedding: _embedding,
+    F.multi_head_attention_forward: _multi_head,
+}
+
+# Functions that torch runs slowly under vmap, also where no prunable weight is involved.
+_UNDER_VMAP: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.batch_norm: _batch_norm,
+    F.multi_head_attention_forward: _multi_head,
 }
 
 # What a weight is asked about itself, and masking does not change.

@@ -54,7 +54,7 @@ def _(
 
 @torch.library.register_fake("confprune::prefix_rows")
 def _(
-    weight: Tensor, levels: Tensor, num_levels: int, first: int, block: int
+    weight: Tensor, levels: Tensor, num_levels: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     alive = torch.library.get_ctx().new_dynamic_size()
     cells = weight.shape[0] * ((weight.shape[1] + block - 1) // block)
@@ -70,68 +70,57 @@ def _(
 @torch.library.register_fake("confprune::grid_linear")
 def _(
     x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
     bias: Tensor | None,
     level: Tensor,
     rows: Sequence[Tensor],
-    first: int,
+    outputs: int,
     block: int,
     batch_minor: bool,
 ) -> Tensor:
     if batch_minor:
-        return x.new_empty(level.shape[0], weight.shape[0], x.shape[1]).transpose(1, 2)
-    return x.new_empty(level.shape[0], x.shape[1], weight.shape[0])
+        return x.new_empty(level.shape[0], outputs, x.shape[1]).transpose(1, 2)
+    return x.new_empty(level.shape[0], x.shape[1], outputs)
 
 
 @torch.library.register_fake("confprune::grid_conv")
 def _(
     x: Tensor,
-    weight: Tensor,
-    levels: Tensor,
     bias: Tensor | None,
     level: Tensor,
     rows: Sequence[Tensor],
-    first: int,
+    outputs: int,
     block: int,
+    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    positions = [
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(
-            x.shape[3:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    y = x.new_empty(level.shape[0], weight.shape[0], *positions, x.shape[1])
-    return y.movedim(-1, 1)
+    geometry = zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
+    positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+    return x.new_empty(level.shape[0], outputs, *positions, x.shape[1]).movedim(-1, 1)
 
 
 def _grid_rule(operator: Any) -> Any:
-    """The vmap rule of a grid operator: x [K, 1, N, ...] and level [K, 1] are one call with K levels."""
+    """The vmap rule of a grid operator: many calls with one level are one call with many."""
 
     def rule(
         info: Any,
         in_dims: Any,
         x: Tensor,
-        weight: Tensor,
-        levels: Tensor,
         bias: Tensor | None,
         level: Tensor,
         rows: Sequence[Tensor],
-        *rest: Any,
+        *settings: Any,
     ) -> tuple[Tensor, int]:
-        others = [in_dims[1], in_dims[2], in_dims[3], *in_dims[5]]
-        if any(dim is not None for dim in others) or in_dims[4] is None:
+        x_dim, bias_dim, level_dim, row_dims = in_dims[:4]
+        if bias_dim is not None or any(d is not None for d in row_dims) or level_dim is None:
             raise NotImplementedError(f"{operator} can be vmapped over x and level only")
-        if level.ndim != 2 or level.shape[1 - in_dims[4]] != 1:
+        if level.numel() != info.batch_size:
             raise NotImplementedError(f"{operator} takes one level a call under vmap")
-        if in_dims[0] is not None:
-            x = x.movedim(in_dims[0], 0).squeeze(1)
-        y = operator(x, weight, levels, bias, level.reshape(-1), rows, *rest)
-        return y.unsqueeze(1), 0
+        if x_dim is not None:
+            x = x.movedim(x_dim, 0).squeeze(1)
+        return operator(x, bias, level.reshape(-1), rows, *settings).unsqueeze(1), 0
 
     return rule
 

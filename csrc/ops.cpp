@@ -84,6 +84,8 @@ Tensor magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tenso
                     key_bits(digit.key), " bits of a key");
   const int64_t* prefix_data = int64_data(prefixes, "prefixes");
   digit.prefixes.assign(prefix_data, prefix_data + prefixes.numel());
+  TORCH_CHECK_VALUE(prefixes.numel() > 0 || shift + digit_bits == key_bits(digit.key),
+                    "only the first digit of a key has no prefixes");
   const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
   int64_data(counts, "counts");
   TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ", cells);
@@ -175,12 +177,11 @@ at::ScalarType compute_type(const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, const Tensor& levels,
-                                                       int64_t num_levels, int64_t first,
-                                                       int64_t block) {
+                                                       int64_t num_levels, int64_t block) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be a matrix, got ", weight.dim(), " dimensions");
   TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
                     " but levels has ", levels.sizes());
-  TORCH_CHECK_VALUE(first >= 0 && first < num_levels, "first ", first, " is not a level of ",
+  TORCH_CHECK_VALUE(num_levels >= 1 && num_levels <= 32767, "num_levels must be in [1, 32767], got ",
                     num_levels);
   TORCH_CHECK_VALUE(block >= 1 && block <= kMaxBlock, "block must be in [1, ", kMaxBlock, "], got ",
                     block);
@@ -200,40 +201,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   int64_t* start = starts.data_ptr<int64_t>();
   const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, m.row_size));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
-    count_prefixes(m, begin, end, block, num_levels, first, counts.data_ptr<int16_t>(), start);
+    count_prefixes(m, begin, end, block, num_levels, counts.data_ptr<int16_t>(), start);
   });
   for (int64_t cell = 0; cell < cells; ++cell) start[cell + 1] += start[cell];
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
-    fill_prefixes(m, begin, end, block, num_levels, first, start, values.data_ptr(),
+    fill_prefixes(m, begin, end, block, num_levels, start, values.data_ptr(),
                   columns.data_ptr<int16_t>());
   });
   return {values, columns, starts, counts};
 }
 
-void check_product(const Tensor& x, const Tensor& weight, const Tensor& levels,
-                   const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
-                   int64_t first, int64_t block) {
-  TORCH_CHECK_VALUE(x.scalar_type() == weight.scalar_type(), "x is ", x.scalar_type(),
-                    " but weight is ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
-                    " but levels has ", levels.sizes());
-  is_wide_levels(levels);
+void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
+                   at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
+  const at::ScalarType compute = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   int64_data(level, "level");
   TORCH_CHECK_VALUE(x.size(0) == 1 || x.size(0) == level.numel(), "x has ", x.size(0),
                     " inputs for ", level.numel(), " levels; it takes one, or one a level");
   TORCH_CHECK_VALUE(rows.size() == 4, "rows must be the four tensors of prefix_rows");
-  const int64_t row_size = weight.numel() / std::max<int64_t>(1, weight.size(0));
   const int64_t blocks = (row_size + block - 1) / std::max<int64_t>(1, block);
-  TORCH_CHECK_VALUE(rows[0].scalar_type() == compute_type(weight) &&
-                        rows[1].scalar_type() == at::kShort && rows[3].scalar_type() == at::kShort &&
-                        rows[2].numel() == weight.size(0) * blocks + 1 && rows[3].dim() == 2 &&
-                        rows[3].size(0) == weight.size(0) * blocks,
-                    "rows were not made by prefix_rows from this weight with block ", block);
+  TORCH_CHECK_VALUE(block >= 1 && rows[0].scalar_type() == compute &&
+                        rows[1].scalar_type() == at::kShort &&
+                        rows[2].scalar_type() == at::kLong && rows[3].scalar_type() == at::kShort &&
+                        rows[2].numel() == outputs * blocks + 1 && rows[3].dim() == 2 &&
+                        rows[3].size(0) == outputs * blocks,
+                    "rows were not made by prefix_rows with block ", block, " from a ", compute,
+                    " matrix of shape [", outputs, ", ", row_size, "]");
   const int64_t num_levels = rows[3].size(1);
-  TORCH_CHECK_VALUE(first >= 0 && first < num_levels, "first ", first, " is not a level of ",
-                    num_levels);
   const int64_t* wanted = level.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < level.numel(); ++k) {
     TORCH_CHECK_VALUE(wanted[k] >= 0 && wanted[k] < num_levels, "level ", wanted[k],
@@ -241,46 +236,29 @@ void check_product(const Tensor& x, const Tensor& weight, const Tensor& levels,
     TORCH_CHECK_VALUE(k == 0 || wanted[k] > wanted[k - 1], "level must be strictly increasing");
   }
   if (bias.has_value())
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias has shape ",
-                      bias->sizes(), " for ", weight.size(0), " outputs");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs, "bias has shape ",
+                      bias->sizes(), " for ", outputs, " outputs");
 }
 
-// Levels below `first` are not in the prefix rows: they go to `dense(slot, masked weight)`, one at a
-// time; the others to the grid product.
-template <class Dense>
-void multiply(GridProduct& product, const Tensor& x, const Tensor& weight, const Tensor& levels,
-              const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
-              int64_t first, int64_t block, Dense dense) {
-  const int64_t* wanted = level.const_data_ptr<int64_t>();
-  std::vector<int64_t> grid_levels, slots;
-  for (int64_t k = 0; k < level.numel(); ++k) {
-    if (wanted[k] >= first) {
-      grid_levels.push_back(wanted[k]);
-      slots.push_back(k);
-      continue;
-    }
-    dense(k, at::where(levels.gt(wanted[k]), weight, at::zeros({}, weight.options())));
-  }
-  if (grid_levels.empty() || x.numel() == 0 || weight.size(0) == 0) return;
-
-  const Tensor compute_bias =
-      bias.has_value() ? bias->to(compute_type(weight)).contiguous() : Tensor();
-  const int64_t row_size = weight.numel() / weight.size(0);
+void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>& bias,
+              const Tensor& level, at::TensorList rows, int64_t outputs, int64_t row_size,
+              int64_t block) {
+  if (x.numel() == 0 || outputs == 0 || level.numel() == 0) return;
+  const Tensor own_bias = bias.has_value() ? bias->to(rows[0].scalar_type()).contiguous() : Tensor();
   product.rows = {rows[0].const_data_ptr(),
                   rows[1].const_data_ptr<int16_t>(),
                   rows[2].const_data_ptr<int64_t>(),
                   rows[3].const_data_ptr<int16_t>(),
-                  weight.size(0),
+                  outputs,
                   row_size,
                   block,
                   (row_size + block - 1) / block,
                   rows[3].size(1)};
-  product.bias = bias.has_value() ? compute_bias.const_data_ptr() : nullptr;
-  product.levels = grid_levels.data();
-  product.slots = slots.data();
-  product.num_levels = int64_t(grid_levels.size());
+  product.bias = bias.has_value() ? own_bias.const_data_ptr() : nullptr;
+  product.levels = level.const_data_ptr<int64_t>();
+  product.num_levels = level.numel();
   product.shared = x.size(0) == 1;
-  product.wide = weight.scalar_type() == at::kDouble;
+  product.wide = x.scalar_type() == at::kDouble;
 
   const int threads = at::get_num_threads();
   const GridPlan plan(product, threads);
@@ -296,88 +274,79 @@ void multiply(GridProduct& product, const Tensor& x, const Tensor& weight, const
   });
 }
 
-Tensor grid_linear(const Tensor& x, const Tensor& weight, const Tensor& levels,
-                   const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
-                   int64_t first, int64_t block, bool batch_minor) {
-  TORCH_CHECK_VALUE(x.dim() == 3 && weight.dim() == 2 && x.size(2) == weight.size(1),
-                    "grid_linear takes x [1 or K, N, in] and weight [out, in], got ", x.sizes(),
-                    " and ", weight.sizes());
-  check_product(x, weight, levels, bias, level, rows, first, block);
-  const int64_t K = level.numel(), N = x.size(1), out = weight.size(0);
-  Tensor y = batch_minor ? at::empty({K, out, N}, x.options()).transpose(1, 2)
-                         : at::empty({K, N, out}, x.options());
+Activation activation_of(const Tensor& tensor, int spatial) {
+  Activation activation{const_cast<void*>(tensor.const_data_ptr()),
+                        element_of(tensor.scalar_type(), "x"),
+                        tensor.stride(0),
+                        tensor.stride(1),
+                        tensor.stride(2),
+                        {0, 0, 0}};
+  for (int s = 0; s < spatial; ++s)
+    activation.position_strides[kSpatial - spatial + s] = tensor.stride(3 + s);
+  return activation;
+}
+
+Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
+                   at::TensorList rows, int64_t outputs, int64_t block, bool batch_minor) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "grid_linear takes x [1 or K, N, in], got ", x.sizes());
+  check_product(x, bias, level, rows, outputs, x.size(2), block);
+  const int64_t K = level.numel(), N = x.size(1);
+  Tensor y = batch_minor ? at::empty({K, outputs, N}, x.options()).transpose(1, 2)
+                         : at::empty({K, N, outputs}, x.options());
   GridProduct product{};
   product.convolution = {
       x.size(2), 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
-  const Element element = element_of(x.scalar_type(), "x");
-  product.x = {const_cast<void*>(x.const_data_ptr()), element,     x.stride(0), x.stride(1),
-               x.stride(2),                           {0, 0, 0}};
-  product.y = {y.data_ptr(), element, y.stride(0), y.stride(1), y.stride(2), {0, 0, 0}};
+  product.x = activation_of(x, 0);
+  product.y = activation_of(y, 0);
   product.batch = N;
-  multiply(product, x, weight, levels, bias, level, rows, first, block,
-           [&](int64_t slot, const Tensor& masked) {
-             const Tensor input = x.size(0) == 1 ? x[0] : x[slot];
-             Tensor output = y[slot];
-             if (bias.has_value())
-               at::addmm_out(output, *bias, input, masked.t());
-             else
-               at::mm_out(output, input, masked.t());
-           });
+  multiply(product, x, bias, level, rows, outputs, x.size(2), block);
   return y;
 }
 
-Tensor grid_conv(const Tensor& x, const Tensor& weight, const Tensor& levels,
-                 const std::optional<Tensor>& bias, const Tensor& level, at::TensorList rows,
-                 int64_t first, int64_t block, at::IntArrayRef stride, at::IntArrayRef padding,
-                 at::IntArrayRef dilation, int64_t groups) {
-  const int64_t spatial = weight.dim() - 2;
-  TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kSpatial && x.dim() == spatial + 3 && groups >= 1 &&
-                        x.size(2) == weight.size(1) * groups && weight.size(0) % groups == 0,
-                    "grid_conv takes x [1 or K, N, channels, positions...] and weight "
-                    "[out, channels / groups, kernel...], got ",
-                    x.sizes(), " and ", weight.sizes(), " with ", groups, " groups");
-  TORCH_CHECK_VALUE(int64_t(stride.size()) == spatial && int64_t(padding.size()) == spatial &&
-                        int64_t(dilation.size()) == spatial,
+Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
+                 at::TensorList rows, int64_t outputs, int64_t block, at::IntArrayRef kernel,
+                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                 int64_t groups) {
+  const int spatial = int(kernel.size());
+  TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kSpatial && x.dim() == spatial + 3,
+                    "grid_conv takes x [1 or K, N, channels, positions...] and as many kernel "
+                    "sizes as positions, got ",
+                    x.sizes(), " and ", kernel);
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(2) % groups == 0 && outputs % groups == 0, groups,
+                    " groups do not divide ", x.size(2), " channels and ", outputs, " outputs");
+  TORCH_CHECK_VALUE(int(stride.size()) == spatial && int(padding.size()) == spatial &&
+                        int(dilation.size()) == spatial,
                     "stride, padding and dilation need ", spatial, " values each");
-  check_product(x, weight, levels, bias, level, rows, first, block);
   GridProduct product{};
   Convolution& c = product.convolution;
   c.channels = x.size(2);
   c.groups = groups;
   product.batch = x.size(1);
-  const Element element = element_of(x.scalar_type(), "x");
-  product.x = {const_cast<void*>(x.const_data_ptr()), element,     x.stride(0), x.stride(1),
-               x.stride(2),                           {0, 0, 0}};
-  std::vector<int64_t> shape{level.numel(), weight.size(0)};
+  int64_t row_size = c.channels / groups;
+  std::vector<int64_t> shape{level.numel(), outputs};
   for (int d = 0; d < kSpatial; ++d) {
-    const int64_t s = d - (kSpatial - spatial);  // the last dimensions are the ones in use
+    const int s = d - (kSpatial - spatial);  // the last dimensions are the ones in use
     c.input[d] = s < 0 ? 1 : x.size(3 + s);
-    c.kernel[d] = s < 0 ? 1 : weight.size(2 + s);
+    c.kernel[d] = s < 0 ? 1 : kernel[s];
     c.stride[d] = s < 0 ? 1 : stride[s];
     c.padding[d] = s < 0 ? 0 : padding[s];
     c.dilation[d] = s < 0 ? 1 : dilation[s];
-    TORCH_CHECK_VALUE(c.stride[d] >= 1 && c.dilation[d] >= 1 && c.padding[d] >= 0,
-                      "stride and dilation must be positive, and padding not negative");
+    TORCH_CHECK_VALUE(c.kernel[d] >= 1 && c.stride[d] >= 1 && c.dilation[d] >= 1,
+                      "kernel, stride and dilation must be positive");
+    TORCH_CHECK_VALUE(c.padding[d] >= 0, "padding must not be negative, got ", padding);
     const int64_t room = c.input[d] + 2 * c.padding[d] - c.dilation[d] * (c.kernel[d] - 1) - 1;
     TORCH_CHECK_VALUE(room >= 0, "the kernel is larger than the padded input in dimension ", s);
     c.output[d] = room / c.stride[d] + 1;
-    if (s < 0) continue;
-    product.x.position_strides[d] = x.stride(3 + s);
-    shape.push_back(c.output[d]);
+    row_size *= c.kernel[d];
+    if (s >= 0) shape.push_back(c.output[d]);
   }
+  check_product(x, bias, level, rows, outputs, row_size, block);
   // Batch last in memory: the next grid product, and what stands between, then never transpose.
   shape.push_back(product.batch);
   Tensor y = at::empty(shape, x.options()).movedim(-1, 1);
-  product.y = {y.data_ptr(), element, y.stride(0), y.stride(1), y.stride(2), {0, 0, 0}};
-  for (int d = kSpatial - int(spatial); d < kSpatial; ++d)
-    product.y.position_strides[d] = y.stride(3 + d - (kSpatial - spatial));
-  const std::vector<int64_t> no_output_padding(spatial, 0);
-  multiply(product, x, weight, levels, bias, level, rows, first, block,
-           [&](int64_t slot, const Tensor& masked) {
-             const Tensor input = x.size(0) == 1 ? x[0] : x[slot];
-             y[slot].copy_(at::convolution(input, masked, bias, stride, padding, dilation, false,
-                                           no_output_padding, groups));
-           });
+  product.x = activation_of(x, spatial);
+  product.y = activation_of(y, spatial);
+  multiply(product, x, bias, level, rows, outputs, row_size, block);
   return y;
 }
 
@@ -392,15 +361,14 @@ TORCH_LIBRARY(confprune, m) {
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
   m.def(
-      "prefix_rows(Tensor weight, Tensor levels, int num_levels, int first, int block) "
+      "prefix_rows(Tensor weight, Tensor levels, int num_levels, int block) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "grid_linear(Tensor x, Tensor weight, Tensor levels, Tensor? bias, Tensor level, "
-      "Tensor[] rows, int first, int block, bool batch_minor) -> Tensor");
+      "grid_linear(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
+      "bool batch_minor) -> Tensor");
   m.def(
-      "grid_conv(Tensor x, Tensor weight, Tensor levels, Tensor? bias, Tensor level, "
-      "Tensor[] rows, int first, int block, int[] stride, int[] padding, int[] dilation, "
-      "int groups) -> Tensor");
+      "grid_conv(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
+      "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(confprune, CPU, m) {

@@ -58,7 +58,7 @@ class BettingProcess:
     >>> process.update(np.zeros((60, 2)))
     >>> process.update(np.stack([np.zeros(40), np.ones(40)], axis=1))
     >>> process.pvalues().round(4)
-    array([0.0102, 0.063 ])
+    array([0.0106, 0.0676])
     """
 
     def __init__(self, alpha: ArrayLike, levels: int, n: float, delta: float = 0.1) -> None:

@@ -143,7 +143,7 @@ class BinomialTail:
         inside = np.clip(index, 0, len(self.cdf) - 1)
         probability = np.minimum(np.ldexp(self.cdf[inside], -SCALE_BITS), 1.0)
         probability = np.where(index < 0, 0.0, probability)
-        return np.where(index >= len(self.cdf), 1.0, probability)
+        return np.where(index >= len(self.cdf) - 1, 1.0, probability)
 
     def hinge_bound(self, sums: ArrayLike) -> FloatArray:
         """The smallest of 1 and ``E(a - B)^+ / (a - sums)`` over integers a in (sums, n]."""

@@ -111,7 +111,7 @@ def critical_sum(
     >>> critical_sum(100, alpha=0.05, delta=0.1, pvalue="binomial")
     1.0
     >>> critical_sum([44, 100], alpha=0.05, delta=0.1).round(4)
-    array([  -inf, 1.5571])
+    array([-inf, 1.57])
     """
     alpha = check_probability("alpha", alpha)
     delta = check_probability("delta", delta)
@@ -273,17 +273,19 @@ def upper_bound_from_sums(
             f"no bound from sums for pvalue={pvalue!r}; choose one of {', '.join(_BOUNDS)}, "
             "or use upper_bound(losses, ...)"
         )
-    pairs = np.stack([totals.ravel(), counts.ravel().astype(np.float64)])
+    bounds = np.ones(totals.shape)
+    some = counts > 0
+    pairs = np.stack([totals[some], counts[some].astype(np.float64)])
     distinct, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    bounds = _BOUNDS[pvalue](distinct[0], distinct[1], delta)
-    return bounds[inverse.ravel()].reshape(totals.shape)
+    bounds[some] = _BOUNDS[pvalue](distinct[0], distinct[1], delta)[inverse.ravel()]
+    return bounds
 
 
 def _bound_hoeffding(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
     def log_pvalue(alpha: FloatArray, index: IntArray) -> FloatArray:
         return -binomial_deviance(sums[index], n[index], alpha)
 
-    return _crossing(log_pvalue, delta, sums / np.maximum(n, 1), np.ones(sums.shape))
+    return _crossing(log_pvalue, delta, sums / n, np.ones(sums.shape))
 
 
 def _bound_binomial(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
@@ -291,8 +293,9 @@ def _bound_binomial(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray
 
 
 def _bound_bentkus(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
-    bracket = _bracket(np.ceil(sums), n, delta / np.e)
-    return _bound_by_tables(bentkus_tail, sums, n, delta, *bracket)
+    low = _bracket(np.floor(sums), n, delta / np.e)[0]
+    high = _bracket(np.ceil(sums), n, delta / np.e)[1]
+    return _bound_by_tables(bentkus_tail, sums, n, delta, low, high)
 
 
 def _bound_hoeffding_bentkus(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
@@ -359,8 +362,8 @@ def _crossing(
     target = math.log(delta) - 1e-12
 
     def excess(alpha: FloatArray, index: FloatArray) -> FloatArray:
-        inside = alpha < 1.0
-        values = np.full(alpha.shape, -_FAR)
+        inside = (alpha > 0.0) & (alpha < 1.0)
+        values = np.where(alpha >= 1.0, -_FAR, -target)
         values[inside] = log_pvalue(alpha[inside], index[inside].astype(np.int64)) - target
         return np.asarray(np.clip(values, -_FAR, _FAR))
 
@@ -374,5 +377,7 @@ def _crossing(
             args=(open_levels.astype(np.float64),),
             tolerances={"xrtol": tolerance, "xatol": 0.0, "fatol": 0.0},
         )
-        bounds[open_levels] = np.where(result.success, np.maximum(*result.bracket), 1.0)
+        # The root found, if it is on the safe side, else the other end of its narrow bracket.
+        reached = np.where(result.f_x <= 0.0, result.x, np.maximum(*result.bracket))
+        bounds[open_levels] = np.where(result.success, reached, 1.0)
     return bounds

@@ -217,7 +217,7 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   T* tile = packed + (slack + L::kTile + 15) / 16 * 16;
 
   const InOut* x = static_cast<const InOut*>(product.x.data);
-  pack(d, product.shared ? x : x + product.slots[k] * product.x.level_stride, first, packed);
+  pack(d, product.shared ? x : x + k * product.x.level_stride, first, packed);
 
   InOut* y = static_cast<InOut*>(product.y.data) + first * product.y.batch_stride;
   const int64_t line_lanes = c.output[2] * d.packed.chunk;
@@ -234,7 +234,7 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
             level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile);
           });
           store(d, tile, row_end - row_begin,
-                out + product.slots[k] * product.y.level_stride +
+                out + k * product.y.level_stride +
                     row_begin * product.y.channel_stride,
                 lane, lanes, count);
           continue;
@@ -245,7 +245,7 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
               vectors, [&](auto V) { shared_tile<T, V()>(d, row, stop, input, tile); });
           for (int64_t j = 0; j < product.num_levels; ++j)
             store(d, tile + j * kSharedRows * L::kTile, stop - row,
-                  out + product.slots[j] * product.y.level_stride +
+                  out + j * product.y.level_stride +
                       row * product.y.channel_stride,
                   lane, lanes, count);
         }

@@ -45,8 +45,7 @@ struct GridProduct {
   Activation x;
   Activation y;
   const void* bias;       // float, or double for float64 weights; may be null
-  const int64_t* levels;  // [K] grid levels, each covered by the prefix rows
-  const int64_t* slots;   // [K] where each stands in y, and in x unless shared
+  const int64_t* levels;  // [K] grid levels, increasing
   int64_t num_levels;     // K
   int64_t batch;          // N
   bool shared;            // one x for all levels

@@ -14,7 +14,7 @@ inline int64_t level_at(const LevelledMatrix& m, int64_t row, int64_t column) {
 
 template <class T, class Value>
 void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-          int64_t num_levels, int64_t first, const int64_t* starts, Value* values,
+          int64_t num_levels, const int64_t* starts, Value* values,
           int16_t* columns) {
   const T* weight = static_cast<const T*>(m.weight);
   const int64_t blocks = (m.row_size + block - 1) / block;
@@ -33,7 +33,7 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
       }
       for (int64_t c = from; c < to; ++c) {
         const int64_t level = level_at(m, row, c);
-        if (level <= first) continue;
+        if (level == 0) continue;
         const int64_t place = at[level]++;
         values[place] = widen(weight[row * m.weight_strides[0] + c * m.weight_strides[1]]);
         columns[place] = int16_t(c - from);
@@ -45,7 +45,7 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
 }  // namespace
 
 void count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                    int64_t num_levels, int64_t first, int16_t* counts, int64_t* starts) {
+                    int64_t num_levels, int16_t* counts, int64_t* starts) {
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int32_t> pruned_at(num_levels + 1);
   for (int64_t row = row_begin; row < row_end; ++row) {
@@ -57,28 +57,28 @@ void count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end,
       int32_t alive = 0;
       for (int64_t level = num_levels - 1; level >= 0; --level) {
         alive += pruned_at[level + 1];
-        cell[level] = level >= first ? int16_t(alive) : int16_t(0);
+        cell[level] = int16_t(alive);
       }
-      starts[row * blocks + b + 1] = cell[first];
+      starts[row * blocks + b + 1] = cell[0];
     }
   }
 }
 
 void fill_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, int64_t first, const int64_t* starts, void* values,
+                   int64_t num_levels, const int64_t* starts, void* values,
                    int16_t* columns) {
   switch (m.element) {
     case Element::float32:
-      return fill<float>(m, row_begin, row_end, block, num_levels, first, starts,
+      return fill<float>(m, row_begin, row_end, block, num_levels, starts,
                          static_cast<float*>(values), columns);
     case Element::float64:
-      return fill<double>(m, row_begin, row_end, block, num_levels, first, starts,
+      return fill<double>(m, row_begin, row_end, block, num_levels, starts,
                           static_cast<double*>(values), columns);
     case Element::float16:
-      return fill<Half>(m, row_begin, row_end, block, num_levels, first, starts,
+      return fill<Half>(m, row_begin, row_end, block, num_levels, starts,
                         static_cast<float*>(values), columns);
     case Element::bfloat16:
-      return fill<BFloat16>(m, row_begin, row_end, block, num_levels, first, starts,
+      return fill<BFloat16>(m, row_begin, row_end, block, num_levels, starts,
                             static_cast<float*>(values), columns);
   }
 }

@@ -2,7 +2,7 @@
 //
 // A row of `columns` weights is cut into blocks of `block` columns. Within a block the weights alive at
 // level j are then a prefix, whose length is counts[row, b, j], so one structure serves every level.
-// Weights pruned at or before level `first` - 1 are in no prefix anybody asks for and are left out.
+// Weights pruned at every level are left out.
 #pragma once
 
 #include <cstdint>
@@ -41,11 +41,11 @@ struct LevelledMatrix {
 // Writes counts[cell, j] for every cell (row, block) of rows [row_begin, row_end), and the number of
 // weights kept in cell + 1 of `starts`.
 void count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                    int64_t num_levels, int64_t first, int16_t* counts, int64_t* starts);
+                    int64_t num_levels, int16_t* counts, int64_t* starts);
 
 // Fills values and columns, given the running sum of `starts`.
 void fill_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, int64_t first, const int64_t* starts, void* values,
+                   int64_t num_levels, const int64_t* starts, void* values,
                    int16_t* columns);
 
 }  // namespace confprune

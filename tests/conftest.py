@@ -1,0 +1,23 @@
+"""What all tests share: repeatable randomness, and no GPU tests without a GPU."""
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomized, so that a run on another machine fails or passes alike; kernels may be slow to
+# load on the first example, hence no deadline.
+hypothesis.settings.register_profile("confprune", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("confprune")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

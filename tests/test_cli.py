@@ -1,0 +1,500 @@
+"""The command line, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import confprune
+from confprune.cli import main
+
+PROJECT = '''
+import os
+import signal
+
+import torch
+from torch import nn
+
+
+def model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 4))
+
+
+class Tied(nn.Module):
+    """An embedding whose matrix is the output layer's too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(12, 8)
+        self.middle = nn.Linear(8, 8)
+        self.output = nn.Linear(8, 12, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.output(torch.relu(self.middle(self.embedding(tokens).mean(1))))
+
+
+def inputs():
+    torch.manual_seed(2)
+    return torch.randn(300, 16)
+
+
+def few():
+    return inputs()[:44]
+
+
+def with_random_labels():
+    return inputs(), torch.randint(0, 4, (300,))
+
+
+def tokens():
+    torch.manual_seed(2)
+    return torch.randint(0, 12, (300, 5))
+
+
+class Interrupted(torch.utils.data.Dataset):
+    """As if the user pressed Ctrl-C while the tenth example is read."""
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, index):
+        if index == 10:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.zeros(16)
+
+
+def broken():
+    raise KeyError("no such file")
+
+
+def never_disagrees(outputs, reference):
+    return torch.zeros(len(outputs))
+
+
+wrong_size = torch.zeros(300, 3)
+number = 3
+'''
+
+CALIBRATE = ["calibrate", "--alpha=0.1", "--delta=0.1", "--loss=disagreement", "--quiet"]
+MODEL, DATA = "--model=project:model", "--data=project:inputs"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a module of factories in it."""
+    (tmp_path / "project.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("project", None)
+
+
+@pytest.fixture
+def project(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    import project
+
+    return project
+
+
+def confprune_process(*arguments):
+    """Run the command in a process of its own, from the working folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "confprune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def refusal(capsys, *arguments):
+    """Run a command that must fail on its input; return its message, which is one line."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("confprune")
+    return line
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
+
+
+# Every command in a process of its own.
+
+
+def test_calibrate_writes_certificate_picture_and_pruned_weights(folder, project):
+    run = confprune_process(*CALIBRATE, MODEL, DATA, "--out=out")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert files(folder / "out") == ["certificate.json", "pruned.safetensors", "risk.png"]
+    certificate = confprune.Certificate.load("out/certificate.json")
+    assert certificate.certified
+    assert certificate.sparsity > 0
+    assert run.stdout.strip() == str(certificate)
+    assert (folder / "out/risk.png").read_bytes().startswith(b"\x89PNG")
+    expected = certificate.prune(project.model()).state_dict()
+    pruned = load_file("out/pruned.safetensors")
+    assert pruned.keys() == expected.keys()
+    assert all(torch.equal(pruned[name], expected[name]) for name in expected)
+    assert float(metadata("out/pruned.safetensors")["confprune.sparsity"]) == certificate.sparsity
+
+
+def test_prune_applies_a_certificate_to_a_file(folder, project):
+    model = project.model()
+    save_file(model.state_dict(), "model.safetensors", {"format": "pt", "made by": "us"})
+    certificate = confprune.calibrate(
+        model, project.inputs(), loss="disagreement", alpha=0.1, delta=0.1, progress=False
+    )
+    certificate.save("certificate.json")
+    run = confprune_process(
+        "prune", "model.safetensors", "--certificate=certificate.json", "--out=pruned.safetensors"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "pruned.safetensors" in run.stdout
+    expected = certificate.prune(model).state_dict()
+    pruned = load_file("pruned.safetensors")
+    assert all(torch.equal(pruned[name], expected[name]) for name in expected)
+    kept = metadata("pruned.safetensors")
+    assert kept["made by"] == "us"
+    assert float(kept["confprune.sparsity"]) == certificate.sparsity
+
+
+def test_report_prints_what_the_certificate_says(folder, project):
+    certificate = confprune.calibrate(
+        project.model(), project.inputs(), loss="disagreement", alpha=0.1, delta=0.1, progress=False
+    )
+    certificate.save("certificate.json")
+    run = confprune_process("report", "certificate.json")
+    assert (run.returncode, run.stdout.strip()) == (0, str(certificate))
+
+
+def test_demo_ends_with_all_files(folder):
+    run = confprune_process("demo", "--out=results", "--alpha=0.3", "--quiet")
+    assert run.returncode == 0, run.stderr
+    assert files(folder / "results") == ["certificate.json", "pruned.safetensors", "risk.png"]
+    assert "held-out" in run.stdout
+
+
+def test_nothing_certified_is_exit_code_3_and_leaves_a_full_network(folder, project):
+    run = confprune_process(
+        *CALIBRATE, MODEL, "--data=project:with_random_labels", "--loss=error", "--out=out"
+    )
+    assert run.returncode == 3, run.stderr
+    assert "Nothing is certified" in run.stdout
+    assert not confprune.Certificate.load("out/certificate.json").certified
+    full = project.model().state_dict()
+    written = load_file("out/pruned.safetensors")
+    assert all(torch.equal(written[name], full[name]) for name in full)
+    assert metadata("out/pruned.safetensors")["confprune.certified"] == "false"
+
+    save_file(full, "model.safetensors")
+    run = confprune_process(
+        "prune", "model.safetensors", "--certificate=out/certificate.json", "--out=new.safetensors"
+    )
+    assert run.returncode == 3
+    assert "certifies no sparsity" in run.stderr
+    assert not (folder / "new.safetensors").exists()
+
+
+def test_interruption_is_exit_code_130_and_leaves_files_as_they_were(folder):
+    (folder / "out").mkdir()
+    (folder / "out/certificate.json").write_text("of last time")
+    before = files(folder)
+    run = confprune_process(*CALIBRATE, MODEL, "--data=project:Interrupted", "--out=out")
+    assert run.returncode == 130
+    assert run.stderr == "confprune calibrate: interrupted\n"
+    assert files(folder) == before
+    assert files(folder / "out") == ["certificate.json"]
+    assert (folder / "out/certificate.json").read_text() == "of last time"
+
+
+@pytest.mark.parametrize("command", ["demo", "calibrate", "prune", "report"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  confprune {command} " in capsys.readouterr().out
+
+
+def test_version_is_the_packages():
+    run = confprune_process("--version")
+    assert (run.returncode, run.stdout) == (0, f"confprune {confprune.__version__}\n")
+
+
+# calibrate
+
+
+def test_weights_are_loaded_before_calibration(folder, project, capsys):
+    weights = {name: torch.randn_like(w) for name, w in project.model().state_dict().items()}
+    save_file(weights, "weights.safetensors")
+    assert main([*CALIBRATE, MODEL, DATA, "--weights=weights.safetensors", "--out=out"]) == 0
+    kept = load_file("out/pruned.safetensors")["0.weight"]
+    assert torch.equal(kept, weights["0.weight"].where(kept != 0, 0))
+
+
+def test_grid_and_settings_reach_the_certificate(folder, capsys):
+    grid = ["--sparsities=0.1:0.5:5", "--scope=layer", "--pvalue=hoeffding", "--seed=7"]
+    more = ["--procedure=bonferroni", "--batch-size=50", "--device=cpu"]
+    assert main([*CALIBRATE, MODEL, DATA, *grid, *more, "--out=out"]) == 0
+    certificate = confprune.Certificate.load("out/certificate.json")
+    assert certificate.sparsities == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert certificate.pruning.scope == "layer"
+    assert (certificate.pvalue, certificate.procedure) == ("hoeffding", "bonferroni")
+    assert certificate.seed == 7
+
+
+def test_sparsities_may_be_a_list(folder, capsys):
+    assert main([*CALIBRATE, MODEL, DATA, "--sparsities=0,0.25", "--out=out"]) == 0
+    assert confprune.Certificate.load("out/certificate.json").sparsities == (0, 0.25)
+
+
+def test_loss_may_be_a_function_of_ones_own(folder, capsys):
+    loss = "--loss=project:never_disagrees"
+    assert main([*CALIBRATE, MODEL, DATA, loss, "--sparsities=0.5,0.9", "--out=out"]) == 0
+    assert confprune.Certificate.load("out/certificate.json").sparsity == 0.9
+
+
+def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*CALIBRATE, MODEL, DATA, "--out=out"]) == 0
+    assert files(folder / "out") == ["certificate.json", "pruned.safetensors"]
+    assert "risk.png was not drawn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha=2"], "argument --alpha: must be a number between 0 and 1, got '2'"),
+        (["--delta=nan"], "argument --delta"),
+        (["--loss=accuracy"], "loss"),
+        (["--pvalue=best"], "pvalue"),
+        (["--procedure=best"], "procedure"),
+        (["--scope=best"], "scope"),
+        (["--criterion=best"], "criterion"),
+        (["--device=abacus"], "argument --device"),
+        (["--batch-size=0"], "argument --batch-size"),
+        (["--batch-size=many"], "argument --batch-size"),
+        (["--sparsities=0:1:10"], "argument --sparsities"),
+        (["--sparsities=0:0.5"], "argument --sparsities: must read START:STOP:COUNT"),
+        (["--sparsities=0.5,0.2"], "sparsities"),
+        (["--model=project"], "--model must read package.module:object"),
+        (["--model=nowhere:model"], "--model nowhere:model was not found"),
+        (["--model=project:nothing"], "--model project:nothing was not found"),
+        (["--model=project:broken"], "--model project:broken raised KeyError"),
+        (["--model=project:number"], "gives a int, not a Module"),
+        (["--data=project:number"], "data"),
+        (["--data=project:few"], "45"),
+        (["--data=project:wrong_size"], "shapes cannot be multiplied"),
+        (["--weights=missing.safetensors"], "there is no file missing.safetensors"),
+        (["--weights=project.py"], "project.py is not a safetensors file"),
+        (["--out=project.py"], "--out project.py is a file"),
+    ],
+)
+def test_calibrate_refuses(folder, capsys, arguments, message):
+    before = files(folder)
+    defaults = [*CALIBRATE, "--alpha=0.05", MODEL, DATA, "--out=out"]
+    assert message in refusal(capsys, *defaults, *arguments)
+    assert files(folder) == before
+
+
+def test_weights_of_another_model_are_refused(folder, capsys):
+    save_file({"0.weight": torch.zeros(3, 3)}, "other.safetensors")
+    message = refusal(capsys, *CALIBRATE, MODEL, DATA, "--weights=other.safetensors", "--out=out")
+    assert "--weights other.safetensors do not fit the model" in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["calibrate"], ["prune", "a", "--out=b"]])
+def test_bad_usage_is_one_line(capsys, arguments):
+    assert "--help" in refusal(capsys, *arguments)
+
+
+# prune
+
+
+@pytest.fixture
+def checkpoint(folder):
+    """A file with one of everything, and its tensors."""
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(10, 4),
+        "model.layers.0.attention.weight": torch.randn(4, 4),
+        "model.layers.0.attention.bias": torch.randn(4),
+        "model.layers.0.norm.weight": torch.randn(2, 2),
+        "model.layers.0.conv.weight": torch.randn(2, 2, 3),
+        "vit.embeddings.patch_embeddings.projection.weight": torch.randn(2, 1, 2, 2),
+        "model.half.weight": torch.randn(4, 4, dtype=torch.bfloat16),
+        "model.steps": torch.arange(6).view(2, 3),
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
+
+
+LAYERS = {
+    "model.layers.0.attention.weight",
+    "model.layers.0.conv.weight",
+    "vit.embeddings.patch_embeddings.projection.weight",
+    "model.half.weight",
+}
+
+
+def pruned_names(before, path):
+    after = load_file(path)
+    assert after.keys() == before.keys()
+    return {name for name in before if not torch.equal(after[name], before[name])}
+
+
+def test_plain_sparsity_prunes_layers_and_nothing_else(checkpoint, capsys):
+    arguments = ["prune", "model.safetensors", "--out=pruned.safetensors"]
+    assert main([*arguments, "--sparsity=0.5"]) == 0
+    assert pruned_names(checkpoint, "pruned.safetensors") == LAYERS
+    pruned = load_file("pruned.safetensors")
+    weights = sum(checkpoint[name].numel() for name in LAYERS)
+    assert sum(int((pruned[name] == 0).sum()) for name in LAYERS) == weights // 2
+    largest_gone = max(checkpoint[n][pruned[n] == 0].abs().max().float() for n in LAYERS)
+    smallest_kept = min(checkpoint[n][pruned[n] != 0].abs().min().float() for n in LAYERS)
+    assert largest_gone <= smallest_kept
+    assert metadata("pruned.safetensors")["confprune.sparsity"] == "0.5"
+    assert metadata("pruned.safetensors")["format"] == "pt"
+
+
+def test_layer_scope_prunes_each_tensor_alike(checkpoint, capsys):
+    arguments = ["prune", "model.safetensors", "--out=pruned.safetensors"]
+    assert main([*arguments, "--sparsity=0.5", "--scope=layer"]) == 0
+    pruned = load_file("pruned.safetensors")
+    for name in LAYERS:
+        assert int((pruned[name] == 0).sum()) == checkpoint[name].numel() // 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["--include=*.attention.weight"], {"model.layers.0.attention.weight"}),
+        (["--include=*embed_tokens*"], {"model.embed_tokens.weight"}),
+        (["--exclude=model.layers.*"], {n for n in LAYERS if "layers" not in n}),
+        (
+            ["--include=*.conv.weight", "--include=*.half.weight", "--exclude=*.conv.*"],
+            {"model.half.weight"},
+        ),
+    ],
+)
+def test_patterns_choose_the_tensors(checkpoint, capsys, patterns, names):
+    arguments = ["prune", "model.safetensors", "--sparsity=0.9", "--out=pruned.safetensors"]
+    assert main([*arguments, *patterns]) == 0
+    assert pruned_names(checkpoint, "pruned.safetensors") == names
+
+
+def test_a_file_may_be_pruned_in_place(checkpoint, capsys):
+    assert main(["prune", "model.safetensors", "--sparsity=0.9", "--out=model.safetensors"]) == 0
+    assert pruned_names(checkpoint, "model.safetensors") == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.safetensors", "--sparsity=0.5"], "there is no file missing.safetensors"),
+        (["project.py", "--sparsity=0.5"], "project.py is not a safetensors file"),
+        (["model.safetensors", "--sparsity=1"], "argument --sparsity: must be a sparsity"),
+        (["model.safetensors", "--sparsity=0.5", "--include=*.kernel"], "include '*.kernel'"),
+        (["model.safetensors", "--sparsity=0.5", "--exclude=model.*", "--exclude=vit.*"], "no pru"),
+        (
+            ["model.safetensors", "--sparsity=0.5", "--include=model.steps"],
+            "'model.steps' is",
+        ),
+        (["model.safetensors", "--sparsity=0.5", "--scope=best"], "scope"),
+        (["model.safetensors", "--sparsity=0.5", "--out=no/folder"], "is not a folder"),
+        (["model.safetensors", "--certificate=missing.json"], "missing.json"),
+        (["model.safetensors", "--certificate=project.py"], "project.py is not a certificate"),
+        (["model.safetensors", "--certificate=a.json", "--sparsity=0.5"], "not allowed with"),
+        (["nan.safetensors", "--sparsity=0.5"], "layer.weight"),
+    ],
+)
+def test_prune_refuses(checkpoint, folder, capsys, arguments, message):
+    save_file({"layer.weight": torch.full((2, 2), torch.nan)}, "nan.safetensors")
+    before = files(folder)
+    assert message in refusal(capsys, "prune", "--out=pruned.safetensors", *arguments)
+    assert files(folder) == before
+
+
+@pytest.fixture
+def certificate(project):
+    made = confprune.calibrate(
+        project.model(), project.inputs(), loss="disagreement", alpha=0.1, delta=0.1, progress=False
+    )
+    made.save("certificate.json")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda tensors: tensors.pop("2.weight"), "'2.weight' is missing"),
+        (lambda tensors: tensors.update({"0.weight": torch.ones(3, 2)}), "has shape [3, 2]"),
+        (lambda tensors: tensors["0.weight"].mul_(2), "values of parameter '0.weight'"),
+    ],
+)
+def test_certificate_is_refused_for_other_weights(certificate, project, capsys, change, difference):
+    tensors = project.model().state_dict()
+    change(tensors)
+    save_file(tensors, "other.safetensors")
+    arguments = ["other.safetensors", "--certificate=certificate.json", "--out=pruned.safetensors"]
+    message = refusal(capsys, "prune", *arguments)
+    assert "certificate is not for other.safetensors" in message
+    assert difference in message
+
+
+def test_certificate_from_losses_cannot_prune(folder, capsys):
+    confprune.calibrate_losses(torch.zeros(99, 1), [0.5], 0.05, 0.1).save("certificate.json")
+    save_file({"0.weight": torch.ones(2, 2)}, "model.safetensors")
+    arguments = ["model.safetensors", "--certificate=certificate.json", "--out=pruned.safetensors"]
+    assert "made from a loss matrix" in refusal(capsys, "prune", *arguments)
+
+
+@pytest.mark.parametrize("storage", ["one of the tied weights", "every name"])
+def test_tied_weights_are_pruned_under_every_name(folder, project, capsys, storage):
+    model = project.Tied()
+    if storage == "every name":
+        copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(copies, "model.safetensors")
+    else:
+        confprune.checkpoint.save(model, "model.safetensors")
+    arguments = ["--model=project:Tied", "--data=project:tokens", "--out=out"]
+    assert main([*CALIBRATE, *arguments, "--sparsities=0,0.1", "--alpha=0.9"]) == 0
+    certificate = "--certificate=out/certificate.json"
+    assert main(["prune", "model.safetensors", certificate, "--out=pruned.safetensors"]) == 0
+    expected = confprune.Certificate.load("out/certificate.json").prune(model)
+    for file in ("pruned.safetensors", "out/pruned.safetensors"):
+        loaded = project.Tied()
+        nn.Module.load_state_dict(loaded, load_file(file), strict=False)
+        assert torch.equal(loaded.output.weight, expected.output.weight)
+        assert torch.equal(loaded.middle.weight, expected.middle.weight)
+
+
+# report
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not a certificate"), (json.dumps({"version": 1}), "is not a certificate")],
+)
+def test_report_refuses_what_is_no_certificate(folder, capsys, text, message):
+    (folder / "certificate.json").write_text(text)
+    assert message in refusal(capsys, "report", "certificate.json")

@@ -1,0 +1,71 @@
+"""What the README shows works as shown."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import confprune
+from confprune import cli
+from confprune.risk import pvalues, testing
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_python_blocks_run_one_after_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for number, block in enumerate(blocks("python")):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    assert "Certified: " in capsys.readouterr().out
+    weights = [p for name, p in namespace["sparse"].named_parameters() if name.endswith("weight")]
+    pruned = sum(int((weight == 0).sum()) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    certificate = confprune.Certificate.load(tmp_path / "certificate.json")
+    assert pruned == round(certificate.sparsity * total) > 0
+
+
+COMMANDS = [
+    line for block in blocks("sh") for line in block.splitlines() if line.startswith("confprune ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    options = cli._parser().parse_args(shlex.split(command)[1:])
+    assert options.command == command.split()[1]
+
+
+def test_all_commands_but_the_demo_are_shown():
+    assert {command.split()[1] for command in COMMANDS} == {"calibrate", "report", "prune"}
+
+
+def rows(title):
+    """The names in the first column of the table under a title."""
+    section = README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name.strip('"') for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_every_loss_is_in_the_table():
+    assert rows("Losses") == set(confprune.losses.BUILT_IN)
+
+
+def test_every_pvalue_is_in_the_table():
+    assert rows("p-values and testing") == {*pvalues.PVALUES, "auto"}
+
+
+def test_picture_is_there():
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
+        assert (README.parent / name).is_file()
+
+
+def test_procedures_are_named():
+    usable = {name for name, procedure in testing.PROCEDURES.items() if not procedure.needs}
+    text = README.read_text()
+    assert all(f'`"{name}"`' in text for name in usable)
