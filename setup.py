@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -57,12 +58,17 @@ class Build(BuildExtension):  # type: ignore[misc]
         self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}")
 
     def run(self) -> None:
-        """Build, after a look whether a compiler is there."""
+        """Build, after a look whether the compiler and Python's headers are there."""
         compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
         if shutil.which(compiler) is None:
             raise SystemExit(
                 f"confprune: the C++17 compiler {compiler!r} was not found. Install one "
                 "(Debian, Ubuntu: apt install g++), or name it in the variable CXX."
+            )
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            raise SystemExit(
+                "confprune: the C headers of Python were not found. Install them "
+                "(Debian, Ubuntu: apt install python3-dev)."
             )
         super().run()
 

@@ -1,8 +1,8 @@
 """Attention under vmap: torch's fast kernel kept, and its layers opened.
 
-Torch has no batching rule for scaled dot-product attention and would run the levels one by one; here
-they join the batch. ``nn.MultiheadAttention`` is one opaque function; here it is its parts, so that
-its projections can be pruned like any linear layer.
+Torch has no batching rule for scaled dot-product attention and would run the levels one by one;
+here they join the batch. ``nn.MultiheadAttention`` is one opaque function; here it is its parts, so
+that its projections can be pruned like any linear layer.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ def attention(
     >>> torch.vmap(attention)(q, q, q).shape
     torch.Size([3, 2, 4, 5, 8])
     """
-    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    settings: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         settings["enable_gqa"] = True
     if query.ndim != 4:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, settings)
-    return result
+    return _Attention.apply(query, key, value, attn_mask, settings)  # type: ignore
 
 
 class _Attention(torch.autograd.Function):
@@ -82,7 +81,7 @@ class _Attention(torch.autograd.Function):
             mask = mask.expand(size, query.shape[0] // size, *mask.shape[2:]).flatten(0, 1)
         elif mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
             mask = folded(mask, None)
-        outputs = _Attention.apply(query, key, value, mask, settings)
+        outputs = _Attention.apply(query, key, value, mask, settings)  # type: ignore
         return outputs.unflatten(0, (size, -1)), 0
 
 
@@ -137,7 +136,8 @@ def multi_head_attention(
         return NotImplemented
 
     def heads(x: Tensor) -> Tensor:  # [T, B, E] to [B, heads, T, D]
-        return x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)
+        by_head: Tensor = x.unflatten(-1, (num_heads, -1))
+        return by_head.permute(1, 2, 0, 3)
 
     q, k, v = (heads(x) for x in projected)
     mask = _merged_mask(attn_mask, key_padding_mask, num_heads, q)

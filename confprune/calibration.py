@@ -86,7 +86,7 @@ def loss_matrix(
     """
     loss = resolve_loss(loss)
     check_data(data, batch_size)
-    grid = GridForward(model, levels, loss, forward=forward, activation_bytes=activation_bytes)
+    grid = GridForward(model, levels, [loss], forward=forward, activation_bytes=activation_bytes)
     return _loss_matrix(grid, model, data, batch_size, progress)
 
 
@@ -242,7 +242,7 @@ def calibrate(
     if device is not None:
         model = _on_device(model, device)
     forward_pass = GridForward(
-        model, levels, loss, forward=forward, activation_bytes=activation_bytes
+        model, levels, [loss], forward=forward, activation_bytes=activation_bytes
     )
     losses = _loss_matrix(forward_pass, model, data, batch_size, progress)
     notes = []
@@ -301,8 +301,8 @@ def _loss_matrix(
     done = 0
     with evaluation_mode(model):
         for batch in _moved_batches(model, data, batch_size, progress, "calibrate"):
-            values = grid.losses(batch, active)
-            _check_values(values, grid.loss, done, grid.levels.sparsities)
+            values = grid.evaluate(batch, active)[0]
+            _check_values(values, grid.losses[0], done, grid.levels.sparsities)
             parts.append(values.clamp_(0, 1))
             done += len(values)
     return torch.cat(parts)
@@ -361,7 +361,7 @@ def _certify(
         procedure=procedure,
         risks=tuple(loss_sums(losses) / n),
         pvalues=tuple(values),
-        bounds=tuple(bounds.upper_bound(losses, delta, kind.name)),
+        bounds=tuple(upper_bound(losses, delta, kind.name)),
         rejected=tuple(resolve_procedure(procedure).test(values, delta)),
         pruning=pruning,
         seed=seed,

@@ -203,7 +203,7 @@ def _tied_copies(tensors: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) ->
     Left dense, such a copy would undo the pruning where the network ties its weights on loading.
     """
     return {
-        name: pruned[original]
+        name: pruned[original].clone()
         for name, tensor in tensors.items()
         for original in pruned
         if name not in pruned and _same(tensor, tensors[original])

@@ -1,9 +1,9 @@
-"""The grid forward: a network's losses on a batch, at every level of the grid, in one pass.
+"""The grid forward: a network's losses on a batch, at every level of a grid, in one pass.
 
 The grid is a batch dimension: the model runs once under ``torch.vmap`` over the levels, with its
 prunable weights masked on the way (see `confprune.grid_mode`). What that gives is compared with the
-plain masked network on the first batch; where it differs, or the model does not lend itself, the same
-numbers are made level by level.
+plain masked network on the first batch; where it differs, or the model does not lend itself, the
+same numbers are made level by level.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TOLERANCE = {
 
 
 class GridForward:
-    """Evaluates a loss of a model at the levels of a grid, batch by batch.
+    """Evaluates losses of a model at the levels of a grid, batch by batch.
 
     Parameters
     ----------
@@ -46,7 +46,8 @@ class GridForward:
         Never changed; run it inside `evaluation_mode`.
     levels : PruneLevels
         Of this model.
-    loss : Loss
+    losses : sequence of Loss
+        What is computed of the outputs; every one costs little beside the outputs.
     forward : callable (model, batch) -> outputs, optional
     activation_bytes : int
         Memory for activations; levels and examples are taken in chunks that respect it.
@@ -61,7 +62,7 @@ class GridForward:
         self,
         model: nn.Module,
         levels: PruneLevels,
-        loss: Loss,
+        losses: Sequence[Loss],
         *,
         forward: Forward | None = None,
         activation_bytes: int = ACTIVATION_BYTES,
@@ -70,7 +71,7 @@ class GridForward:
         if activation_bytes < 1:
             raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
         self.levels = levels
-        self.loss = loss
+        self.losses = tuple(losses)
         self.fallback: str | None = None
         self._budget = activation_bytes
         self._network = _Network(model, forward)
@@ -83,18 +84,18 @@ class GridForward:
         self._footprint: _Footprint | None = None
 
     @torch.no_grad()
-    def losses(self, batch: Any, active: Sequence[int]) -> Tensor:
-        """The loss of each example of a batch at the levels `active`, [B, len(active)] float32.
+    def evaluate(self, batch: Any, active: Sequence[int]) -> Tensor:
+        """The losses of each example of a batch at some levels, [losses, B, len(active)] float32.
 
         Raises
         ------
         ValueError
-            If the loss cannot take the outputs, or a loss is NaN or outside [0, 1].
+            If a loss cannot take the outputs.
         """
         if self._footprint is None:
             self._prepare(batch)
         size = batch_length(batch)
-        result = torch.empty(size, len(active), dtype=torch.float32)
+        result = torch.empty(len(self.losses), size, len(active), dtype=torch.float32)
         for begin, end in self._example_chunks(size, len(active)):
             part = slice_batch(batch, begin, end)
             full = self._network(part)
@@ -103,28 +104,32 @@ class GridForward:
             while done < len(active):
                 chunk = active[done : done + self._level_chunk(end - begin)]
                 values = self._grid_losses(part, chunk, reference)
-                result[begin:end, done : done + len(chunk)] = values.T
+                result[:, begin:end, done : done + len(chunk)] = values
                 done += len(chunk)
         return result
 
     def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
-        """Losses of one chunk, [levels, examples]; falls back level by level where it must."""
+        """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
         if self.fallback is None:
             try:
-                return self._loss_of_grid(self._grid_outputs(batch, active), reference)
+                return self._losses_of(self._grid_outputs(batch, active), reference)
             except Exception as error:
                 self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
-        return torch.stack(
-            [self._loss_of(self._masked_outputs(batch, j), reference) for j in active]
+        return torch.cat(
+            [self._losses_of(self._masked_outputs(batch, j)[None], reference) for j in active],
+            dim=-1,
         )
 
-    def _loss_of_grid(self, outputs: Tensor, reference: Reference) -> Tensor:
-        if self.loss.vmappable:
-            return torch.vmap(lambda y: self._loss_of(y, reference))(outputs)
-        return torch.stack([self._loss_of(y, reference) for y in outputs])
-
-    def _loss_of(self, outputs: Tensor, reference: Reference) -> Tensor:
-        return self.loss(outputs, reference).to(torch.float32)
+    def _losses_of(self, outputs: Tensor, reference: Reference) -> Tensor:
+        """Losses [losses, B, levels] of outputs [levels, B, ...]."""
+        values = []
+        for loss in self.losses:
+            if loss.vmappable:
+                of_levels = torch.vmap(loss, in_dims=(0, None), out_dims=1)(outputs, reference)
+            else:
+                of_levels = torch.stack([loss(y, reference) for y in outputs], dim=1)
+            values.append(of_levels.to("cpu", torch.float32))
+        return torch.stack(values)
 
     def _grid_outputs(self, batch: Any, active: Sequence[int]) -> Tensor:
         """The outputs at several levels at once, [levels, B, ...]."""
@@ -133,11 +138,11 @@ class GridForward:
         def at_level(level: Tensor) -> Tensor:
             mode = GridMode(self._layers, level, batch_minor=self._batch_minor)
             with mode:
-                outputs = self._network(batch)
+                outputs: Tensor = self._network(batch)
             met.update(mode.met)
             return outputs
 
-        outputs = torch.vmap(at_level)(torch.tensor(active, device=self._network.device))
+        outputs: Tensor = torch.vmap(at_level)(torch.tensor(active, device=self._network.device))
         missed = set(self.levels.levels) - met
         if missed:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
@@ -161,14 +166,15 @@ class GridForward:
                 "its first dimension must be the batch: pass forward= to arrange that"
             )
         reference = Reference(full, targets_of(part), padding_mask_of(part))
-        check_shapes(self.loss, full, reference)
-        values = self.loss(full, reference)
-        if not isinstance(values, Tensor) or values.shape != (size,):
-            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"loss {self.loss.name!r} returned {shape} for {size} examples; it must return one "
-                "value per example, a tensor [B]"
-            )
+        for loss in self.losses:
+            check_shapes(loss, full, reference)
+            values = loss(full, reference)
+            if not isinstance(values, Tensor) or values.shape != (size,):
+                shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    f"loss {loss.name!r} returned {shape} for {size} examples; it must return one "
+                    "value per example, a tensor [B]"
+                )
         self._footprint = probe.footprint(size)
         if self.levels.total:
             self._cross_check(part)
@@ -237,7 +243,7 @@ class _Network(nn.Module):
 
 
 class _Footprint:
-    """Bytes that one example or one level costs at one time, and the examples that fill the lanes."""
+    """Bytes that one example or one level costs, and the examples that fill the lanes."""
 
     def __init__(self, activation: int, weight: int, examples: int) -> None:
         self.activation = activation

@@ -1,9 +1,10 @@
 """The model's own code, run with every prunable weight replaced by its masked self.
 
-A `TorchFunctionMode` sees each torch function the model calls. Where one receives a prunable weight it
-is given the masked weight of the level instead: ``F.linear``, ``addmm`` and the convolutions through
-the grid operators, ``F.embedding`` by masking the rows it takes, anything else with the masked weight
-written out. Under ``torch.vmap`` over the level this evaluates all levels at once.
+A `TorchFunctionMode` sees each torch function the model calls. Where one receives a prunable
+weight it is given the masked weight of the level instead: ``F.linear``, ``addmm`` and the
+convolutions through the grid operators, ``F.embedding`` by masking the rows it takes, anything else
+with the masked weight written out. Under ``torch.vmap`` over the level this evaluates all levels at
+once.
 """
 
 from __future__ import annotations
@@ -247,7 +248,8 @@ def _batch_norm(
     fixed = not training and running_mean is not None and running_var is not None
     if not fixed or input.dtype not in (torch.float32, torch.float64):
         return NotImplemented
-    assert running_mean is not None and running_var is not None
+    assert running_mean is not None
+    assert running_var is not None
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale
@@ -277,9 +279,11 @@ _UNDER_VMAP: dict[Any, Callable[..., Any]] = {
 _METADATA: set[Any] = {
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
-        + ("is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "grad_fn")
-        + ("is_leaf", "itemsize", "nbytes")
+        for name in (
+            *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf"),
+            *("is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "grad_fn"),
+            *("itemsize", "nbytes"),
+        )
     ),
     Tensor.size,
     Tensor.dim,

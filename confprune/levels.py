@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class PruneLevels:
         return pruned
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError unless `model` has the parameters that were levelled, in their shapes."""
+        """Raise ValueError unless `model` has the levelled parameters, in their shapes."""
         present = _parameters(model)
         for name, levels in self.levels.items():
             if name not in present:
@@ -227,7 +228,7 @@ def check_sparsities(sparsities: Sequence[float] | np.ndarray | Tensor) -> tuple
     for s in values:
         if not 0 <= s < 1:
             raise ValueError(f"sparsities must be in [0, 1), got {s:g}")
-    for a, b in zip(values, values[1:], strict=False):
+    for a, b in itertools.pairwise(values):
         if b <= a:
             raise ValueError(
                 f"sparsities must be strictly increasing, got {b:g} after {a:g}; sort them and "

@@ -9,8 +9,8 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
-``level [K]``, and return ``[K, N, ...]``. Under ``torch.vmap`` over the level each call with one level
-becomes one call with all.
+``level [K]``, and return ``[K, N, ...]``. Under ``torch.vmap`` over the level each call with one
+level becomes one call with all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from confprune import _C
 instruction_set = _C.instruction_set
 
 
-@torch.library.register_fake("confprune::magnitude_histogram")
+@torch.library.register_fake("confprune::magnitude_histogram")  # type: ignore[untyped-decorator]
 def _(
     scores: Tensor,
     key: torch.dtype,
@@ -38,7 +38,7 @@ def _(
     return counts.new_empty(())
 
 
-@torch.library.register_fake("confprune::assign_levels")
+@torch.library.register_fake("confprune::assign_levels")  # type: ignore[untyped-decorator]
 def _(
     scores: Tensor,
     key: torch.dtype,
@@ -52,7 +52,7 @@ def _(
     return torch.empty(scores.shape, dtype=dtype, device=scores.device)
 
 
-@torch.library.register_fake("confprune::prefix_rows")
+@torch.library.register_fake("confprune::prefix_rows")  # type: ignore[untyped-decorator]
 def _(
     weight: Tensor, levels: Tensor, num_levels: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +67,7 @@ def _(
     )
 
 
-@torch.library.register_fake("confprune::grid_linear")
+@torch.library.register_fake("confprune::grid_linear")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     bias: Tensor | None,
@@ -82,7 +82,7 @@ def _(
     return x.new_empty(level.shape[0], x.shape[1], outputs)
 
 
-@torch.library.register_fake("confprune::grid_conv")
+@torch.library.register_fake("confprune::grid_conv")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     bias: Tensor | None,

@@ -1,9 +1,9 @@
 """Exact thresholds of a whole grid of sparsities, by histograms of integer keys.
 
-The bits of |w| without the sign order as |w| does, so the k-th smallest score is found as its key is
-read digit by digit from the top: a histogram of one digit over all scores tells for every level which
-bin holds its cut, and only those bins are looked at again. No sort, no copy, no concatenation; 16-bit
-floats need one read, float32 two, three on very small or very fine problems.
+The bits of |w| without the sign order as |w| does, so the k-th smallest score is found as its key
+is read digit by digit from the top: a histogram of one digit over all scores tells for every level
+which bin holds its cut, and only those bins are looked at again. No sort, no copy.
+16-bit floats need one read, float32 two, or three on very small or very fine problems.
 """
 
 from __future__ import annotations
@@ -154,13 +154,13 @@ def _count(
         )
         if check_nan and int(largest) > infinity:
             raise ValueError(
-                f"parameter {name!r} holds NaN, which has no magnitude; repair the weights, or leave "
-                "the parameter out with parameters="
+                f"parameter {name!r} holds NaN, which has no magnitude; repair the weights, or "
+                "leave the parameter out with parameters="
             )
     return histogram.numpy()
 
 
 def _next_digit(prefixes: int, total: int) -> int:
-    """Bits of the next digit: as many as keep the counters few beside the scores, 32 MiB at most."""
+    """Bits of the next digit: as many as keep the counters few beside the scores."""
     cells = min(max(total // 4, 1 << 14), 1 << 22)
     return max(1, (cells // max(1, prefixes)).bit_length() - 1)

@@ -47,8 +47,8 @@ def test_all_commands_but_the_demo_are_shown():
 
 def rows(title):
     """The names in the first column of the table under a title."""
-    section = README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    table = README.read_text().split(f"\n## {title}\n")[1].split("\n|---")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[1:]]
     return {name.strip('"') for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 

@@ -1,0 +1,3 @@
+"""The compiled kernels; importing this registers ``torch.ops.confprune.*``."""
+
+def instruction_set() -> str: ...
