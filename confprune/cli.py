@@ -103,12 +103,15 @@ def _prune(options: argparse.Namespace) -> int:
             options.file,
             options.out,
             sparsity=options.sparsity,
-            scope=options.scope,
-            criterion=options.criterion,
+            scope=options.scope or "global",
+            criterion=options.criterion or "magnitude",
             include=options.include,
             exclude=options.exclude,
         )
     else:
+        for name in ("scope", "criterion", "include", "exclude"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} goes with --sparsity: a certificate has its own")
         certificate = Certificate.load(options.certificate)
         if not certificate.certified:
             return _say(options, f"{options.certificate} certifies no sparsity", NOT_CERTIFIED)
@@ -283,6 +286,8 @@ def _add_prune(commands: Any) -> None:
         "--sparsity", type=_sparsity, metavar="S", help="prune this share, without a guarantee"
     )
     _add_pruning(command)
+    # So that one that was given beside a certificate is told from one that was not.
+    command.set_defaults(scope=None, criterion=None)
     command.add_argument(
         "--include",
         action="append",
@@ -373,6 +378,8 @@ def _sparsities(text: str) -> list[float]:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"is no device torch knows: {text!r}") from error
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be used here, {text!r}: {error}") from error
+    return device

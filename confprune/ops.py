@@ -3,6 +3,7 @@
 Importing this module loads the extension and registers ``torch.ops.confprune.*``:
 
 ``magnitude_histogram``  adds the counts of one digit of every score's key
+``magnitude_collect``    the keys that share their high bits with some cut
 ``assign_levels``        prune levels from thresholds and ties
 ``prefix_rows``          a weight matrix with each row ordered by prune level
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
@@ -34,8 +35,13 @@ def _(
     shift: int,
     digit_bits: int,
     counts: Tensor,
-) -> Tensor:
-    return counts.new_empty(())
+) -> None:
+    return None
+
+
+@torch.library.register_fake("confprune::magnitude_collect")  # type: ignore[untyped-decorator]
+def _(scores: Tensor, key: torch.dtype, prefixes: Tensor, shift: int) -> Tensor:
+    return prefixes.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
 @torch.library.register_fake("confprune::assign_levels")  # type: ignore[untyped-decorator]

@@ -1,9 +1,10 @@
 """Exact thresholds of a whole grid of sparsities, by histograms of integer keys.
 
 The bits of |w| without the sign order as |w| does, so the k-th smallest score is found as its key
-is read digit by digit from the top: a histogram of one digit over all scores tells for every level
-which bin holds its cut, and only those bins are looked at again. No sort, no copy.
-16-bit floats need one read, float32 two, or three on very small or very fine problems.
+is read from the top: a histogram of the high bits over all scores tells for every level which bin
+holds its cut. The few keys in those bins are then collected and sorted; where they are many,
+because the scores are alike, further digits are counted first. 16-bit floats need one read, float32
+two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 
-_FIRST_DIGIT = 16
+_FIRST_DIGIT = 18
+_COLLECT = 1 << 20  # keys that are always few enough to be sorted
 _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
 _KEY_BITS = {torch.float32: 31, torch.float64: 63, torch.float16: 15, torch.bfloat16: 15}
 _KEY_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -89,27 +91,37 @@ def select(scores: Mapping[str, Tensor], counts: Sequence[int]) -> Cuts:
     key = key_type(scores)
     total = sum(tensor.numel() for tensor in scores.values())
     rank = np.asarray(counts, dtype=np.int64)  # the cut is the rank-th smallest key, from 1
-    prefix = np.zeros(len(rank), dtype=np.int64)
+    cutting = np.flatnonzero(rank > 0)
     below = np.zeros(len(rank), dtype=np.int64)  # keys smaller than every key with this prefix
-    equal = np.zeros(len(rank), dtype=np.int64)
-    cutting = rank > 0
+    equal = np.zeros(len(rank), dtype=np.int64)  # keys with this prefix
+    prefix = np.zeros(len(rank), dtype=np.int64)
+    prefixes = np.zeros(0, dtype=np.int64)
     shift = _KEY_BITS[key]
     while shift > 0:
         first = shift == _KEY_BITS[key]
-        prefixes = np.zeros(0, dtype=np.int64) if first else np.unique(prefix[cutting])
         digit_bits = min(shift, _FIRST_DIGIT if first else _next_digit(len(prefixes), total))
         shift -= digit_bits
-        histogram = _count(scores, key, prefixes, shift, digit_bits, check_nan=first)
+        histogram = _count(scores, key, prefixes, shift, digit_bits)
+        if first:
+            _check_nan(scores, key, histogram[0], shift)
         cumulative = histogram.cumsum(axis=1)
         row = np.zeros(len(rank), dtype=np.int64) if first else np.searchsorted(prefixes, prefix)
-        for j in np.flatnonzero(cutting):
+        for j in cutting:
             digit = int(np.searchsorted(cumulative[row[j]], rank[j] - below[j]))
             below[j] += cumulative[row[j], digit] - histogram[row[j], digit]
             equal[j] = histogram[row[j], digit]
             prefix[j] = (prefix[j] << digit_bits) | digit
-        if not cutting.any():
+        prefixes, some = np.unique(prefix[cutting], return_index=True)
+        sizes = equal[cutting][some]
+        if shift > 0 and sizes.sum() <= max(_COLLECT, total // 8):
+            ordered = _collect(scores, key, prefixes, shift)
+            start = np.concatenate([[0], sizes.cumsum()])[np.searchsorted(prefixes, prefix)]
+            place = np.where(rank > 0, start + rank - below - 1, 0)
+            prefix = ordered[place] if len(ordered) else prefix
+            left, right = (np.searchsorted(ordered, prefix, side) for side in ("left", "right"))
+            below, equal = below + left - start, right - left
             break
-    return Cuts(key, rank, prefix, np.where(cutting, rank - below, 0), equal)
+    return Cuts(key, rank, prefix, np.where(rank > 0, rank - below, 0), equal)
 
 
 def assign(scores: Mapping[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
@@ -142,22 +154,41 @@ def _count(
     prefixes: np.ndarray,
     shift: int,
     digit_bits: int,
-    *,
-    check_nan: bool,
 ) -> np.ndarray:
     """Counts of one digit below each prefix, [prefixes, 2^digit_bits]."""
     histogram = torch.zeros(max(1, len(prefixes)), 1 << digit_bits, dtype=torch.int64)
-    infinity = ((1 << (_KEY_BITS[key] - _MANTISSA[key])) - 1) << _MANTISSA[key]
-    for name, tensor in scores.items():
-        largest = torch.ops.confprune.magnitude_histogram(
+    for tensor in scores.values():
+        torch.ops.confprune.magnitude_histogram(
             tensor, key, torch.from_numpy(prefixes), shift, digit_bits, histogram
         )
-        if check_nan and int(largest) > infinity:
+    return histogram.numpy()
+
+
+def _collect(
+    scores: Mapping[str, Tensor], key: torch.dtype, prefixes: np.ndarray, shift: int
+) -> np.ndarray:
+    """All keys with one of these prefixes, sorted."""
+    wanted = torch.from_numpy(prefixes)
+    found = [
+        torch.ops.confprune.magnitude_collect(tensor, key, wanted, shift).numpy()
+        for tensor in scores.values()
+    ]
+    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+
+def _check_nan(
+    scores: Mapping[str, Tensor], key: torch.dtype, histogram: np.ndarray, shift: int
+) -> None:
+    """Raise for the first tensor with NaN, whose keys stand above that of infinity."""
+    infinity = ((1 << (_KEY_BITS[key] - _MANTISSA[key])) - 1) << _MANTISSA[key]
+    if not histogram[infinity >> shift :].any():
+        return
+    for name, tensor in scores.items():
+        if tensor.isnan().any():
             raise ValueError(
                 f"parameter {name!r} holds NaN, which has no magnitude; repair the weights, or "
                 "leave the parameter out with parameters="
             )
-    return histogram.numpy()
 
 
 def _next_digit(prefixes: int, total: int) -> int:

@@ -75,15 +75,18 @@ int64_t parts(int64_t size, Body body) {
   return threads;
 }
 
-Tensor magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
-                           int64_t shift, int64_t digit_bits, Tensor& counts) {
+std::vector<uint64_t> prefixes_of(const Tensor& prefixes) {
+  const int64_t* data = int64_data(prefixes, "prefixes");
+  return {data, data + prefixes.numel()};
+}
+
+void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift, int64_t digit_bits, Tensor& counts) {
   check_key(scores.scalar_type(), key);
-  Digit digit{element_of(key, "key"), int(shift), int(digit_bits), {}};
+  const Digit digit{element_of(key, "key"), int(shift), int(digit_bits), prefixes_of(prefixes)};
   TORCH_CHECK_VALUE(shift >= 0 && digit_bits >= 1 && shift + digit_bits <= key_bits(digit.key),
                     "shift ", shift, " and digit_bits ", digit_bits, " leave the ",
                     key_bits(digit.key), " bits of a key");
-  const int64_t* prefix_data = int64_data(prefixes, "prefixes");
-  digit.prefixes.assign(prefix_data, prefix_data + prefixes.numel());
   TORCH_CHECK_VALUE(prefixes.numel() > 0 || shift + digit_bits == key_bits(digit.key),
                     "only the first digit of a key has no prefixes");
   const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
@@ -91,26 +94,39 @@ Tensor magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tenso
   TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ", cells);
   const Source source = source_of(scores, "scores");
   int64_t* total = counts.data_ptr<int64_t>();
+  if (scores.numel() < kSerial) return histogram(source, 0, scores.numel(), digit, total);
 
   std::mutex adding;
-  uint64_t largest = 0;
   parts(scores.numel(), [&](int64_t, int64_t begin, int64_t end) {
-    uint64_t top = 0;
-    if (scores.numel() < kSerial) {
-      top = histogram(source, begin, end, digit, total);
-    } else {
-      std::unique_ptr<uint32_t[]> own(new uint32_t[cells]);
-      for (int64_t at = begin; at < end; at += kFlush) {
-        std::fill(own.get(), own.get() + cells, 0u);
-        top = std::max(top, histogram(source, at, std::min(end, at + kFlush), digit, own.get()));
-        const std::lock_guard<std::mutex> lock(adding);
-        for (int64_t cell = 0; cell < cells; ++cell) total[cell] += own[cell];
-      }
+    std::unique_ptr<uint32_t[]> own(new uint32_t[cells]);
+    for (int64_t at = begin; at < end; at += kFlush) {
+      std::fill(own.get(), own.get() + cells, 0u);
+      histogram(source, at, std::min(end, at + kFlush), digit, own.get());
+      const std::lock_guard<std::mutex> lock(adding);
+      for (int64_t cell = 0; cell < cells; ++cell) total[cell] += own[cell];
     }
-    const std::lock_guard<std::mutex> lock(adding);
-    largest = std::max(largest, top);
   });
-  return at::scalar_tensor(int64_t(largest), counts.options());
+}
+
+Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift) {
+  check_key(scores.scalar_type(), key);
+  const Element key_element = element_of(key, "key");
+  TORCH_CHECK_VALUE(shift >= 0 && shift < key_bits(key_element), "shift ", shift,
+                    " leaves the bits of a key");
+  const std::vector<uint64_t> wanted = prefixes_of(prefixes);
+  const Source source = source_of(scores, "scores");
+  std::vector<std::vector<int64_t>> found(size_t(at::get_num_threads()) + 1);
+  const int64_t used = parts(scores.numel(), [&](int64_t part, int64_t begin, int64_t end) {
+    collect(source, begin, end, key_element, int(shift), wanted, &found[part]);
+  });
+  int64_t size = 0;
+  for (const auto& keys : found) size += int64_t(keys.size());
+  Tensor result = at::empty({size}, prefixes.options());
+  int64_t* out = result.data_ptr<int64_t>();
+  for (int64_t part = 0; part < used; ++part)
+    out = std::copy(found[part].begin(), found[part].end(), out);
+  return result;
 }
 
 Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
@@ -356,7 +372,9 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
 TORCH_LIBRARY(confprune, m) {
   m.def(
       "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
-      "int digit_bits, Tensor(a!) counts) -> Tensor");
+      "int digit_bits, Tensor(a!) counts) -> ()");
+  m.def(
+      "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift) -> Tensor");
   m.def(
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
@@ -373,6 +391,7 @@ TORCH_LIBRARY(confprune, m) {
 
 TORCH_LIBRARY_IMPL(confprune, CPU, m) {
   m.impl("magnitude_histogram", confprune::magnitude_histogram);
+  m.impl("magnitude_collect", confprune::magnitude_collect);
   m.impl("assign_levels", confprune::assign_levels);
   m.impl("prefix_rows", confprune::prefix_rows);
   m.impl("grid_linear", confprune::grid_linear);

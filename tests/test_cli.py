@@ -292,6 +292,7 @@ def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):
         (["--scope=best"], "scope"),
         (["--criterion=best"], "criterion"),
         (["--device=abacus"], "argument --device"),
+        (["--device=cuda:99"], "argument --device: cannot be used here"),
         (["--batch-size=0"], "argument --batch-size"),
         (["--batch-size=many"], "argument --batch-size"),
         (["--sparsities=0:1:10"], "argument --sparsities"),
@@ -424,6 +425,8 @@ def test_a_file_may_be_pruned_in_place(checkpoint, capsys):
         (["model.safetensors", "--certificate=missing.json"], "missing.json"),
         (["model.safetensors", "--certificate=project.py"], "project.py is not a certificate"),
         (["model.safetensors", "--certificate=a.json", "--sparsity=0.5"], "not allowed with"),
+        (["model.safetensors", "--certificate=a.json", "--scope=layer"], "--scope goes with"),
+        (["model.safetensors", "--certificate=a.json", "--include=*"], "--include goes with"),
         (["nan.safetensors", "--sparsity=0.5"], "layer.weight"),
     ],
 )

@@ -64,7 +64,8 @@ class BettingProcess:
     def __init__(self, alpha: ArrayLike, levels: int, n: float, delta: float = 0.1) -> None:
         self._alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), (levels,))
         self._cap = TRUNCATION / (1.0 - self._alpha)
-        self._stake_scale = 2.0 * math.log(1.0 / delta) / max(n, 1.0)
+        self._log_target = math.log(1.0 / delta)
+        self._planned = np.full(levels, max(float(n), 1.0))
         self._count = np.zeros(levels, dtype=np.int64)
         self._sum = np.zeros(levels)
         self._deviation = np.zeros(levels)
@@ -80,13 +81,21 @@ class BettingProcess:
         """``1 / max wealth`` so far [K], at most 1."""
         return np.exp(-self._log_peak)
 
-    def log_growth_limit(self) -> FloatArray:
-        """The most by which one more example can raise the logarithm of the wealth [K]."""
-        return np.log1p(self._cap * self._alpha)
+    def variances(self) -> FloatArray:
+        """Running variances of the losses [K], which tune the next stakes."""
+        return (0.25 + self._deviation) / (1.0 + self._count)
 
-    def log_wealth(self) -> FloatArray:
-        """Logarithm of the present wealth [K], which may lie below its peak."""
-        return self._log_wealth
+    def retune(self, n: ArrayLike, levels: ArrayLike) -> None:
+        """Plan for another number of examples, from the next bet on.
+
+        Parameters
+        ----------
+        n : array_like [A]
+            Examples planned for each of `levels`; must not depend on losses still to come.
+        levels : array_like of int [A]
+            Levels concerned.
+        """
+        self._planned[np.asarray(levels)] = n
 
     def update(
         self,
@@ -139,7 +148,8 @@ class BettingProcess:
         before = np.empty_like(variances)
         before[0] = (0.25 + self._deviation[columns]) / (1.0 + self._count[columns])
         before[1:] = variances[:-1]
-        stakes = np.minimum(np.sqrt(self._stake_scale / before), self._cap[columns])
+        scale = 2.0 * self._log_target / self._planned[columns]
+        stakes = np.minimum(np.sqrt(scale / before), self._cap[columns])
         gains = np.log1p(stakes * (alpha - losses))
         if mask is not None:
             gains *= mask

@@ -193,6 +193,35 @@ def build_binomial_tail(n: int, alpha: float, floor: float = UNDERFLOW) -> Binom
     return BinomialTail(n, alpha, start, cdf, hinge)
 
 
+def binomial_probabilities(n: int, alpha: float, lower: float = 120.0) -> tuple[int, FloatArray]:
+    """The probabilities of Binomial(n, alpha) on a window.
+
+    Parameters
+    ----------
+    n : int
+        Number of trials, at least 1.
+    alpha : float
+        Success probability in (0, 1).
+    lower : float
+        Minus the log of the mass that may be neglected below the window.
+
+    Returns
+    -------
+    start : int
+        The integer that index 0 stands for.
+    probabilities : ndarray [W]
+
+    Examples
+    --------
+    >>> start, probabilities = binomial_probabilities(2, 0.5)
+    >>> start, probabilities.round(12)
+    (0, array([0.25, 0.5 , 0.25]))
+    """
+    start, stop = _window(n, alpha, lower)
+    counts = np.arange(start, stop + 1, dtype=np.float64)
+    return start, np.exp(_log_probability(counts, n, alpha))
+
+
 def _window(n: int, alpha: float, lower: float) -> tuple[int, int]:
     """Integers outside of which less than exp(-lower), exp(-UPPER) of the mass lies.
 

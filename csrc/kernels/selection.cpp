@@ -6,7 +6,7 @@
 namespace confprune {
 namespace {
 
-constexpr int kTableBits = 16;
+constexpr int kTableBits = 18;  // what stays in the caches, and leaves few keys beside a cut
 constexpr int64_t kChunk = 4096;  // elements gathered at a time from a strided tensor
 
 template <Element>
@@ -103,13 +103,20 @@ class PrefixIndex {
  public:
   PrefixIndex(const std::vector<uint64_t>& prefixes, int prefix_bits)
       : prefixes_(prefixes), shift_(std::max(0, prefix_bits - kTableBits)) {
-    table_.assign((size_t(1) << (prefix_bits - shift_)) + 1, 0);
+    const size_t bins = size_t(1) << (prefix_bits - shift_);
+    table_.assign(bins + 1, 0);
     for (uint64_t prefix : prefixes) ++table_[(prefix >> shift_) + 1];
-    for (size_t bin = 1; bin < table_.size(); ++bin) table_[bin] += table_[bin - 1];
+    for (size_t bin = 1; bin <= bins; ++bin) table_[bin] += table_[bin - 1];
+    holds_.resize(bins);
+    for (size_t bin = 0; bin < bins; ++bin) holds_[bin] = table_[bin] < table_[bin + 1];
   }
+
+  // Whether some prefix shares this one's high bits.
+  bool may_hold(uint64_t prefix) const { return holds_[prefix >> shift_]; }
 
   int64_t row(uint64_t prefix) const {
     const size_t bin = prefix >> shift_;
+    if (!holds_[bin]) return -1;
     for (int32_t at = table_[bin]; at < table_[bin + 1]; ++at)
       if (prefixes_[at] == prefix) return at;
     return -1;
@@ -119,41 +126,49 @@ class PrefixIndex {
   const std::vector<uint64_t>& prefixes_;
   int shift_;
   std::vector<int32_t> table_;
+  std::vector<uint8_t> holds_;
 };
 
-template <class Count>
-uint64_t histogram_any(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-                       Count* counts) {
-  uint64_t largest = 0;
-  const int shift = digit.shift;
-  dispatch(source.element, digit.key, [&](auto element, auto key_tag) {
-    using K = Key<key_tag()>;
-    using Bits = typename K::Bits;
-    Bits top = 0;
-    if (digit.prefixes.empty()) {
-      for_chunks<decltype(element)>(source, begin, end, [&](int64_t, const auto* x, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) {
-          const Bits key = K::of(x[i]);
-          top = std::max(top, key);
-          ++counts[key >> shift];
-        }
-      });
-    } else {
-      const int above = shift + digit.digit_bits;
-      const uint64_t mask = (uint64_t(1) << digit.digit_bits) - 1;
-      const PrefixIndex index(digit.prefixes, key_bits(digit.key) - above);
-      for_chunks<decltype(element)>(source, begin, end, [&](int64_t, const auto* x, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) {
-          const Bits key = K::of(x[i]);
-          top = std::max(top, key);
-          const int64_t row = index.row(uint64_t(key) >> above);
-          if (row >= 0) ++counts[(row << digit.digit_bits) + ((uint64_t(key) >> shift) & mask)];
-        }
-      });
+// Counts all elements. Two tables in turn, so that a run of equal keys need not wait for its own
+// last increment.
+template <class T, class K, class Count>
+void count_all(const Source& source, int64_t begin, int64_t end, int shift, size_t cells,
+               Count* counts) {
+  std::vector<Count> other(size_t(end - begin) >= cells ? cells : 0);
+  Count* second = other.empty() ? counts : other.data();
+  for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      ++counts[K::of(x[i]) >> shift];
+      ++second[K::of(x[i + 1]) >> shift];
+      ++counts[K::of(x[i + 2]) >> shift];
+      ++second[K::of(x[i + 3]) >> shift];
     }
-    largest = top;
+    for (; i < n; ++i) ++counts[K::of(x[i]) >> shift];
   });
-  return largest;
+  for (size_t cell = 0; cell < other.size(); ++cell) counts[cell] += other[cell];
+}
+
+template <class Count>
+void histogram_any(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+                   Count* counts) {
+  dispatch(source.element, digit.key, [&](auto element, auto key_tag) {
+    using T = decltype(element);
+    using K = Key<key_tag()>;
+    const int shift = digit.shift;
+    if (digit.prefixes.empty())
+      return count_all<T, K>(source, begin, end, shift, size_t(1) << digit.digit_bits, counts);
+    const int above = shift + digit.digit_bits;
+    const uint64_t mask = (uint64_t(1) << digit.digit_bits) - 1;
+    const PrefixIndex index(digit.prefixes, key_bits(digit.key) - above);
+    for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t key = K::of(x[i]);
+        const int64_t row = index.row(key >> above);
+        if (row >= 0) ++counts[(row << digit.digit_bits) + ((key >> shift) & mask)];
+      }
+    });
+  });
 }
 
 }  // namespace
@@ -169,14 +184,34 @@ int key_bits(Element element) {
   }
 }
 
-uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-                   uint32_t* counts) {
-  return histogram_any(source, begin, end, digit, counts);
+void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+               uint32_t* counts) {
+  histogram_any(source, begin, end, digit, counts);
 }
 
-uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-                   int64_t* counts) {
-  return histogram_any(source, begin, end, digit, counts);
+void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+               int64_t* counts) {
+  histogram_any(source, begin, end, digit, counts);
+}
+
+void collect(const Source& source, int64_t begin, int64_t end, Element key, int shift,
+             const std::vector<uint64_t>& prefixes, std::vector<int64_t>* keys) {
+  const PrefixIndex index(prefixes, key_bits(key) - shift);
+  dispatch(source.element, key, [&](auto element, auto key_tag) {
+    using T = decltype(element);
+    using K = Key<key_tag()>;
+    for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
+      int64_t found[kChunk];
+      int64_t size = 0;
+      for (int64_t i = 0; i < n; ++i) {  // without a branch: what is not wanted is overwritten
+        const auto bits = K::of(x[i]);
+        found[size] = int64_t(bits);
+        size += index.may_hold(uint64_t(bits) >> shift);
+      }
+      for (int64_t i = 0; i < size; ++i)
+        if (index.row(uint64_t(found[i]) >> shift) >= 0) keys->push_back(found[i]);
+    });
+  });
 }
 
 CutTable::CutTable(Cuts cuts)
@@ -188,21 +223,18 @@ CutTable::CutTable(Cuts cuts)
   table_.resize(bins);
   size_t cut = 0;
   for (size_t bin = 0; bin < bins; ++bin) {
-    const bool holds_cut = cut < cuts_.values.size() && (cuts_.values[cut] >> shift_) == bin;
-    table_[bin] = holds_cut ? -1 - int32_t(cut) : cuts_.first_level[cut];
+    const size_t first = cut;
     while (cut < cuts_.values.size() && (cuts_.values[cut] >> shift_) == bin) ++cut;
+    // A bin of one key that every level takes whole, or not at all, needs no search.
+    const bool whole = cut == first || (shift_ == 0 && !cuts_.straddled[first]);
+    table_[bin] = whole ? int16_t(cuts_.first_level[first]) : int16_t(-1 - int16_t(first));
   }
 }
 
-int32_t CutTable::search(uint64_t key, int32_t entry, int64_t* ranks) const {
-  size_t cut = size_t(-1 - entry);
-  while (cut < cuts_.values.size() && cuts_.values[cut] < key) ++cut;
-  if (cut == cuts_.values.size() || cuts_.values[cut] != key || !cuts_.straddled[cut])
-    return cuts_.first_level[cut];
-  const int64_t rank = ranks[cut]++;
-  int32_t level = cuts_.first_level[cut];
-  while (level < cuts_.first_level[cut + 1] && cuts_.ties[level] <= rank) ++level;
-  return level;
+size_t CutTable::cut_at(uint64_t key, int16_t entry) const {
+  const auto first = cuts_.values.begin() + (-1 - entry);
+  if (shift_ == 0) return size_t(-1 - entry);  // a bin is one key
+  return size_t(std::lower_bound(first, cuts_.values.end(), key) - cuts_.values.begin());
 }
 
 void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const {
@@ -211,10 +243,9 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
     for_chunks<decltype(element)>(source, begin, end, [&](int64_t, const auto* x, int64_t n) {
       for (int64_t i = 0; i < n; ++i) {
         const uint64_t key = K::of(x[i]);
-        const int32_t entry = table_[key >> shift_];
+        const int16_t entry = table_[key >> shift_];
         if (entry >= 0) continue;
-        size_t cut = size_t(-1 - entry);
-        while (cut < cuts_.values.size() && cuts_.values[cut] < key) ++cut;
+        const size_t cut = cut_at(key, entry);
         if (cut < cuts_.values.size() && cuts_.values[cut] == key && cuts_.straddled[cut])
           ++equal[cut];
       }
@@ -225,16 +256,41 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
 template <class Level>
 void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                           Level* levels) const {
+  // Equals come in position order, so each straddled value walks through its levels once.
+  struct Walk {
+    int64_t rank, until;
+    int32_t level;
+  };
+  std::vector<Walk> walks(cuts_.values.size());
+  for (size_t cut = 0; cut < walks.size(); ++cut) walks[cut] = {ranks[cut], 0, cuts_.first_level[cut]};
+  const auto next_level = [&](size_t cut) {
+    Walk& walk = walks[cut];
+    if (!cuts_.straddled[cut]) return walk.level;
+    const int32_t last = cuts_.first_level[cut + 1];
+    while (walk.rank >= walk.until) {
+      while (walk.level < last && cuts_.ties[walk.level] <= walk.rank) ++walk.level;
+      walk.until = walk.level < last ? cuts_.ties[walk.level] : INT64_MAX;
+    }
+    ++walk.rank;
+    return walk.level;
+  };
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
     using K = Key<key_tag()>;
     for_chunks<decltype(element)>(source, begin, end, [&](int64_t at, const auto* x, int64_t n) {
       for (int64_t i = 0; i < n; ++i) {
         const uint64_t key = K::of(x[i]);
-        const int32_t entry = table_[key >> shift_];
-        levels[at + i] = Level(entry >= 0 ? entry : search(key, entry, ranks));
+        const int16_t entry = table_[key >> shift_];
+        if (entry >= 0) {
+          levels[at + i] = Level(entry);
+          continue;
+        }
+        const size_t cut = cut_at(key, entry);
+        const bool equal = cut < cuts_.values.size() && cuts_.values[cut] == key;
+        levels[at + i] = Level(equal ? next_level(cut) : cuts_.first_level[cut]);
       }
     });
   });
+  for (size_t cut = 0; cut < walks.size(); ++cut) ranks[cut] = walks[cut].rank;
 }
 
 void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,

@@ -1,11 +1,11 @@
-// Selection by magnitude: histograms of integer keys, and prune levels from thresholds.
+// Selection by magnitude: histograms of integer keys, the keys near a cut, and prune levels.
 //
 // The IEEE bits of |w| read as an unsigned integer order as |w| does (-0 is 0, +inf the largest, NaN
-// above it). Both functions work on a range of one tensor's elements, in logical (row-major) order,
+// above it). All functions work on a range of one tensor's elements, in logical (row-major) order,
 // so that any split over threads, tensors, files or machines gives the same answer.
 //
-// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: memory bandwidth
-// for bf16 and fp16, the histogram's dependent increments for wider types.
+// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one increment or
+// one table look-up per element, about a cycle each; memory bandwidth is near.
 #pragma once
 
 #include <cstdint>
@@ -38,12 +38,15 @@ struct Digit {
   std::vector<uint64_t> prefixes;
 };
 
-// Adds the counts of elements [begin, end) to `counts`, [max(1, prefixes), 2^digit_bits]; returns the
-// largest key seen, so that NaN is found at no further cost.
-uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-                   uint32_t* counts);
-uint64_t histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-                   int64_t* counts);
+// Adds the counts of elements [begin, end) to `counts`, [max(1, prefixes), 2^digit_bits].
+void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+               uint32_t* counts);
+void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
+               int64_t* counts);
+
+// Appends to `keys` the keys of elements [begin, end) whose bits above `shift` are among `prefixes`.
+void collect(const Source& source, int64_t begin, int64_t end, Element key, int shift,
+             const std::vector<uint64_t>& prefixes, std::vector<int64_t>* keys);
 
 // Where the levels cut: distinct threshold keys, increasing. A key below values[i] and above
 // values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels: never).
@@ -57,7 +60,7 @@ struct Cuts {
   std::vector<uint8_t> straddled;
 };
 
-// A table from the high bits of a key to its prune level, or to the cuts to search.
+// A table from the high bits of a key to its prune level, or to the search among the cuts.
 class CutTable {
  public:
   explicit CutTable(Cuts cuts);
@@ -78,12 +81,14 @@ class CutTable {
   template <class Level>
   void assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                   Level* levels) const;
-  int32_t search(uint64_t key, int32_t entry, int64_t* ranks) const;
+  // The first cut whose value is not below the key, given the key's entry in the table.
+  size_t cut_at(uint64_t key, int16_t entry) const;
+
 
   Cuts cuts_;
   int shift_;
   bool any_straddled_;
-  std::vector<int32_t> table_;  // >= 0: the level; < 0: -1 - (first cut in this bin)
+  std::vector<int16_t> table_;  // the level, or -1 - (first cut) where cuts lie within the bin
 };
 
 }  // namespace confprune

@@ -1,0 +1,300 @@
+"""Testing while the losses come in: levels leave as soon as their fate is settled.
+
+Rejected levels and hopeless ones leave the active set and cost nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from confprune.risk.inputs import FloatArray, IntArray, check_losses, check_probability
+from confprune.risk.looks import LookPlan
+from confprune.risk.spending import SumTracker, Tracker, make_tracker
+from confprune.risk.testing import BoolArray, resolve_procedure
+
+
+@dataclass(frozen=True)
+class RiskTarget:
+    """One risk to be kept, with the p-value that tests it.
+
+    Attributes
+    ----------
+    alpha : float
+        Value allowed.
+    pvalue : str
+        Name of the p-value; not ``"auto"``, since no losses have been seen yet.
+    """
+
+    alpha: float
+    pvalue: str = "binomial"
+
+
+@dataclass(frozen=True)
+class SequentialResult:
+    """What a sequential test has found.
+
+    Attributes
+    ----------
+    pvalues : ndarray of float64 [K]
+        Valid p-values, the looks paid for; of a level that was given up, where it had got to.
+    rejected : ndarray of bool [K]
+        What the testing procedure makes of them.
+    pvalues_by_risk : ndarray of float64 [R, K]
+        The same for each risk; a level's p-value is the largest.
+    sums, counts : ndarray [R, K]
+        Sums of the losses seen, and how many there were.
+    seen : ndarray of int [K]
+        Examples on which each level was evaluated.
+    evaluations : int
+        Pairs (example, level) evaluated: the sum of `seen`.
+    saved : float
+        Share of the full matrix, n K, that was not needed.
+    """
+
+    pvalues: FloatArray
+    rejected: BoolArray
+    pvalues_by_risk: FloatArray
+    sums: FloatArray
+    counts: IntArray
+    seen: IntArray
+    evaluations: int
+    saved: float
+
+
+class SequentialTest:
+    """Testing K levels on examples that come in order, at the looks of a plan.
+
+    Feed it the losses of the levels in `active`, at most up to `next_look` examples in all, until
+    it is `finished`. The examples must be in the order of drawing or in random order.
+
+    Parameters
+    ----------
+    plan : LookPlan
+        Looks and spending.
+    levels : int
+        K, the number of levels.
+    targets : sequence of RiskTarget
+        The risks to be kept, all of them: H_j says that some risk of level j exceeds its alpha.
+    procedure : str
+        ``"fixed_sequence"``, ``"split_fixed_sequence"`` (levels in the learned order),
+        ``"bonferroni"`` or ``"holm"``.
+
+    Notes
+    -----
+    Validity. For each level and risk, the probability that a risk above its alpha is ever rejected
+    is at most the sum of the spending, hence at most delta: by exact computation, by the
+    union bound over looks, or by Ville's inequality (see `confprune.risk.spending`, also for random
+    counts). A level with a risk above its alpha is rejected only if that risk is. So its
+    p-value, the largest over its risks, is valid at all looks together; the risks of a level need
+    not be rejected at the same look. The testing procedure then does with these p-values what
+    it does with any others.
+
+    A level that is given up is never rejected: that can only make an error less likely. In
+    fixed-sequence testing all later levels are given up with it, for they cannot be reached any
+    more. A rejected level needs no further evaluation even if the chain has not reached it yet.
+    For `bonferroni` and `holm` the looks are designed for delta / K, the level at which a
+    rejection stands whatever the other levels do.
+
+    Examples
+    --------
+    >>> from confprune.risk.looks import default_looks
+    >>> rng = np.random.default_rng(0)
+    >>> risks = np.linspace(0, 0.2, 21)
+    >>> plan = default_looks(2000, alpha=0.05, delta=0.1)
+    >>> test = SequentialTest(plan, levels=21, targets=[RiskTarget(0.05)])
+    >>> while not test.finished:
+    ...     batch = test.next_look - test.seen
+    ...     losses = rng.random((batch, 1)) < risks[test.active]
+    ...     test.update([losses])
+    >>> result = test.result()
+    >>> risks[result.rejected].max().round(3), result.saved > 0.5
+    (np.float64(0.04), True)
+    """
+
+    def __init__(
+        self,
+        plan: LookPlan,
+        levels: int,
+        targets: Sequence[RiskTarget],
+        *,
+        procedure: str = "fixed_sequence",
+    ) -> None:
+        self._procedure = resolve_procedure(procedure)
+        if not (self._procedure.chain or self._procedure.bonferroni_start):
+            raise ValueError(
+                f"procedure={procedure!r} cannot be used with early looks; "
+                "choose 'fixed_sequence', 'bonferroni' or 'holm', or pass looks=None"
+            )
+        if levels < 1 or not targets:
+            raise ValueError(f"need a level and a risk, got {levels} levels, {len(targets)} risks")
+        self._plan = plan
+        self._delta = plan.delta / (levels if self._procedure.bonferroni_start else 1)
+        # Holm may test a level at more than delta / K once others have been rejected.
+        self._reachable = plan.delta if procedure == "holm" else self._delta
+        spending = np.array(plan.spending) * (self._delta / plan.delta)
+        self._trackers = [
+            make_tracker(
+                target.pvalue, check_probability("alpha", target.alpha), levels, plan.n, spending
+            )
+            for target in targets
+        ]
+        self._active = np.arange(levels)
+        self._examples = np.zeros(levels, dtype=np.int64)
+        self._seen = 0
+        self._look = 0
+
+    @property
+    def active(self) -> IntArray:
+        """Indices of the levels still in question, increasing."""
+        return self._active
+
+    @property
+    def seen(self) -> int:
+        """Number of examples seen."""
+        return self._seen
+
+    @property
+    def next_look(self) -> int:
+        """Number of examples at the next look; feed no more than up to there."""
+        return self._plan.sizes[min(self._look, len(self._plan.sizes) - 1)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every level is settled."""
+        return self._active.size == 0
+
+    def update(
+        self,
+        losses: Sequence[ArrayLike],
+        counted: Sequence[ArrayLike | None] | None = None,
+    ) -> None:
+        """Take in the next examples.
+
+        Parameters
+        ----------
+        losses : sequence of array_like [m, A]
+            For each risk, the losses of the active levels. Where an example does not count,
+            any number in [0, 1].
+        counted : sequence of (array_like of bool [m] or [m, A], or None), optional
+            For each risk, which examples count: members of its group, or predictions accepted
+            at each level. None: all.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not match, losses are outside of [0, 1], or the examples go beyond the
+            next look.
+        """
+        if len(losses) != len(self._trackers):
+            raise ValueError(f"{len(self._trackers)} risks need as many losses, got {len(losses)}")
+        masks = [None] * len(losses) if counted is None else list(counted)
+        matrices = [check_losses(part) for part in losses]
+        for matrix in matrices:
+            if matrix.shape != (len(matrices[0]), self._active.size):
+                raise ValueError(
+                    f"losses must be [m, {self._active.size}], a column per active level, "
+                    f"got shape {matrix.shape}"
+                )
+        self._proceed(len(matrices[0]))
+        for tracker, matrix, mask in zip(self._trackers, matrices, masks, strict=True):
+            tracker.observe(matrix, self._active, _expand(mask, matrix.shape))
+        self._look_if_due()
+
+    def update_sums(self, examples: int, sums: ArrayLike, counts: ArrayLike | None = None) -> None:
+        """Take in the next examples by their sums; for p-values that need no more.
+
+        Parameters
+        ----------
+        examples : int
+            m, the number of further examples.
+        sums : array_like [R, A]
+            For each risk, the sums of their losses at the active levels.
+        counts : array_like of int [R, A], optional
+            How many of them count; all by default.
+
+        Raises
+        ------
+        ValueError
+            As `update`; and if a p-value needs the losses themselves (`betting`).
+        """
+        totals = np.asarray(sums, dtype=np.float64)
+        shape = (len(self._trackers), self._active.size)
+        numbers = np.broadcast_to(examples if counts is None else np.asarray(counts), shape)
+        if totals.shape != shape or not np.all((totals >= 0) & (totals <= numbers)):
+            raise ValueError(
+                f"sums must be [{shape[0]}, {shape[1]}] and lie between 0 and their counts, "
+                f"got shape {totals.shape}"
+            )
+        trackers = [t for t in self._trackers if isinstance(t, SumTracker)]
+        if len(trackers) < len(self._trackers):
+            raise ValueError("pvalue='betting' needs the losses, not only their sums; call update")
+        self._proceed(examples)
+        for tracker, total, number in zip(trackers, totals, numbers, strict=True):
+            tracker.add(total, self._active, number)
+        self._look_if_due()
+
+    def result(self) -> SequentialResult:
+        """The findings so far; complete once `finished`."""
+        by_risk = np.stack([tracker.pvalues for tracker in self._trackers])
+        pvalues = by_risk.max(axis=0)
+        full = self._plan.n * len(pvalues)
+        evaluations = int(self._examples.sum())
+        needs = {"order": np.arange(len(pvalues))} if self._procedure.needs else {}
+        return SequentialResult(
+            pvalues=pvalues,
+            rejected=self._procedure.test(pvalues, self._plan.delta, **needs),
+            pvalues_by_risk=by_risk,
+            sums=np.stack([tracker.sums for tracker in self._trackers]),
+            counts=np.stack([tracker.counts for tracker in self._trackers]),
+            seen=self._examples.copy(),
+            evaluations=evaluations,
+            saved=1.0 - evaluations / full,
+        )
+
+    def _proceed(self, examples: int) -> None:
+        if self.finished:
+            raise ValueError("the test is finished; no further examples are needed")
+        if examples < 1 or self._seen + examples > self.next_look:
+            raise ValueError(
+                f"the next look is at {self.next_look} examples and {self._seen} have been seen, "
+                f"got {examples} more; split the batch at the look"
+            )
+        self._seen += examples
+        self._examples[self._active] += examples
+
+    def _look_if_due(self) -> None:
+        if self._seen < self.next_look:
+            return
+        last = self._look == len(self._plan.sizes) - 1
+        settled = np.ones(self._active.size, dtype=bool)
+        hopeless = np.zeros(self._active.size, dtype=bool)
+        for tracker in self._trackers:
+            # A risk that has been rejected stays so; its further losses do not matter.
+            pending = tracker.pvalues[self._active] > self._delta
+            tracker.look(self._look, self._active[pending])
+            pending = tracker.pvalues[self._active] > self._delta
+            settled &= ~pending
+            hopeless |= pending & self._is_hopeless(tracker)
+        self._look += 1
+        remaining = ~settled & ~hopeless
+        if self._procedure.chain and hopeless.any():
+            remaining[np.argmax(hopeless) :] = False
+        self._active = self._active[remaining & (not last)]
+
+    def _is_hopeless(self, tracker: Tracker) -> BoolArray:
+        share = self._seen / self._plan.n
+        limits = tracker.limits(self._active, share, self._reachable, self._plan.futility)
+        return np.asarray(tracker.sums[self._active] > limits)
+
+
+def _expand(mask: ArrayLike | None, shape: tuple[int, ...]) -> BoolArray:
+    if mask is None:
+        return np.ones(shape, dtype=bool)
+    array = np.asarray(mask, dtype=bool)
+    if array.shape not in (shape, shape[:1]):
+        raise ValueError(f"counted must be [m] or [m, A] = {list(shape)}, got shape {array.shape}")
+    return np.broadcast_to(array[:, None] if array.ndim == 1 else array, shape)

@@ -1,0 +1,290 @@
+"""Evidence that may be looked at several times: one tracker per risk, for all levels.
+
+Looking at data repeatedly and stopping when they please inflates the error; each p-value has its
+own way to pay for it.
+
+- `binomial`: the law of the running number of errors is known, so the probability of ever crossing
+  the boundary is computed exactly, and what a look may spend is what others have not used (error
+  spending, Lan and DeMets).
+- other functions of the sums: look l is tested at its share of delta (Bonferroni over looks).
+- `betting`: valid at every moment; nothing to pay.
+
+Random counts. A risk may count only some examples: the members of a group, the predictions that a
+level accepts. Given which examples count, the losses of those that do are independent with a
+common law, whose mean is the risk in question. Everything here uses, at each look, the number of
+examples counted so far and nothing about the future; so its error is at most delta given
+the pattern of counting, and therefore without it. The pattern may differ between levels, since the
+validity of each level's p-value is its own affair.
+
+References
+----------
+K. Lan, D. DeMets, "Discrete sequential boundaries for clinical trials", Biometrika 70 (1983).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+from confprune.risk.betting import BettingProcess
+from confprune.risk.binomial_tail import binomial_probabilities
+from confprune.risk.bounds import critical_sum
+from confprune.risk.inputs import FloatArray, IntArray, losses_are_binary
+from confprune.risk.pvalues import PVALUES, PValue
+from confprune.risk.testing import BoolArray
+
+
+@dataclass(frozen=True)
+class ErrorSpending:
+    """The running number of errors of a level that has not been rejected yet.
+
+    For risk alpha, and by coupling with probability at most this for a larger one. Immutable, so
+    that levels with equal counts share it.
+
+    Attributes
+    ----------
+    alpha : float
+        Risk under test.
+    count : int
+        Examples counted so far.
+    start : int
+        The number of errors that index 0 stands for.
+    probabilities : ndarray [W]
+        Probability of not having been rejected and having ``start + i`` errors.
+    spent : float
+        Probability of having been rejected.
+    """
+
+    alpha: float
+    count: int = 0
+    start: int = 0
+    probabilities: FloatArray = field(default_factory=lambda: np.ones(1))
+    spent: float = 0.0
+
+    def after(self, count: int) -> ErrorSpending:
+        """The same level when `count` examples have been counted."""
+        if count == self.count:
+            return self
+        first, increments = binomial_probabilities(count - self.count, self.alpha)
+        probabilities = np.convolve(self.probabilities, increments)
+        start = self.start + first
+        # Far above the mean there is no mass worth carrying on.
+        last, following = binomial_probabilities(count, self.alpha)
+        kept = max(last + len(following) - start, 1)
+        return replace(self, count=count, start=start, probabilities=probabilities[:kept])
+
+    def pvalue(self, errors: FloatArray) -> FloatArray:
+        """Probability of having been rejected before, or having at most `errors` errors now.
+
+        The p-value of the stage-wise ordering: outcomes are the more extreme the earlier a level
+        is rejected, and at the same look the fewer its errors.
+        """
+        cumulative = np.cumsum(self.probabilities)
+        index = np.floor(errors).astype(np.int64) - self.start
+        inside = np.clip(index, 0, len(cumulative) - 1)
+        below = np.where(index < 0, 0.0, cumulative[inside])
+        complete = errors >= self.start + len(cumulative) - 1
+        return np.asarray(np.where(complete, 1.0, np.minimum(self.spent + below, 1.0)))
+
+    def reject(self, allowed: float) -> tuple[float, ErrorSpending]:
+        """Reject as many outcomes as keep the probability of rejection at most `allowed`.
+
+        Returns
+        -------
+        critical : float
+            The largest number of errors that is rejected, or -inf.
+        remaining : ErrorSpending
+            A level that was not rejected.
+        """
+        cumulative = self.spent + np.cumsum(self.probabilities)
+        rejected = int(np.searchsorted(cumulative, allowed, side="right"))
+        if rejected == 0:
+            return -np.inf, self
+        rejected = min(rejected, len(cumulative) - 1)  # Something must remain.
+        remaining = replace(
+            self,
+            start=self.start + rejected,
+            probabilities=self.probabilities[rejected:],
+            spent=float(cumulative[rejected - 1]),
+        )
+        return float(self.start + rejected - 1), remaining
+
+
+class SumTracker:
+    """Evidence from the running sums of the losses of K levels.
+
+    Attributes
+    ----------
+    sums, counts, pvalues : ndarray [K]
+        Sums of the losses that count, how many there were, and p-values valid at all looks.
+
+    Parameters
+    ----------
+    kind : PValue
+        A p-value that depends on sums.
+    alpha : float
+        Risk under test.
+    levels : int
+        K.
+    spending : array_like [L]
+        Error spent at each look; their sum is the level of the whole test.
+    """
+
+    def __init__(self, kind: PValue, alpha: float, levels: int, spending: ArrayLike) -> None:
+        self.sums = np.zeros(levels)
+        self.counts = np.zeros(levels, dtype=np.int64)
+        self.pvalues = np.ones(levels)
+        self._kind = kind
+        self._alpha = alpha
+        self._spending = np.asarray(spending, dtype=np.float64)
+        self._paths = [ErrorSpending(alpha)] * levels
+
+    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray) -> None:
+        """Add losses [m, A] of the examples that count."""
+        relevant = np.where(counted, losses, 0)
+        if self._kind.binary_only and not losses_are_binary(relevant):
+            raise ValueError(
+                f"pvalue={self._kind.name!r} needs losses that are 0 or 1, got values in between; "
+                "use pvalue='betting' or 'convex'"
+            )
+        self.add(relevant.sum(axis=0, dtype=np.float64), levels, counted.sum(axis=0))
+
+    def add(self, sums: FloatArray, levels: IntArray, counts: IntArray) -> None:
+        """Add the sums [A] of further losses, and how many there were [A]."""
+        self.sums[levels] += sums
+        self.counts[levels] += counts
+
+    def look(self, index: int, levels: IntArray) -> None:
+        """Test `levels` with what look `index` may spend."""
+        if self._kind.binary_only:
+            self._look_exactly(index, levels)
+        elif self._spending[index] > 0.0 and self._kind.from_sums is not None:
+            pvalues = self._kind.from_sums(self.sums[levels], self.counts[levels], self._alpha)
+            pvalues = pvalues * (self._spending.sum() / self._spending[index])
+            self.pvalues[levels] = np.minimum(self.pvalues[levels], pvalues)
+
+    def _look_exactly(self, index: int, levels: IntArray) -> None:
+        allowed = float(self._spending[: index + 1].sum())
+        last = index == len(self._spending) - 1
+        advanced: dict[tuple[int, int], tuple[ErrorSpending, float, ErrorSpending]] = {}
+        for level in levels:
+            path, count = self._paths[level], int(self.counts[level])
+            key = (id(path), count)
+            if key not in advanced:
+                present = path.after(count)
+                advanced[key] = (present, *present.reject(allowed))
+            present, critical, remaining = advanced[key]
+            if self.sums[level] <= critical or last:
+                self.pvalues[level] = present.pvalue(self.sums[level])
+            self._paths[level] = remaining
+
+    def limits(self, levels: IntArray, share: float, delta: float, futility: float) -> FloatArray:
+        """Sums from which, but for a chance of `futility`, no path leads to a rejection."""
+        counts = self.counts[levels]
+        final = np.maximum(np.round(counts / share).astype(np.int64), counts)
+        critical = np.asarray(critical_sum(final, self._alpha, delta, self._kind.name))
+        critical = np.maximum(critical, 0.0)
+        rate = critical / np.maximum(final, 1)
+        return _bridge(critical, rate * (1.0 - rate), counts, final, futility)
+
+
+class BettingTracker:
+    """Evidence from betting against each of K levels; see `BettingProcess`.
+
+    Attributes
+    ----------
+    sums, counts, pvalues : ndarray [K]
+        Sums of the losses that count, how many there were, and p-values valid at all looks.
+
+    Parameters
+    ----------
+    alpha : float
+        Risk under test.
+    levels : int
+        K.
+    n : int
+        Number of examples at the last look.
+    delta : float
+        Error level the stakes are tuned for.
+    """
+
+    def __init__(self, alpha: float, levels: int, n: int, delta: float) -> None:
+        self.sums = np.zeros(levels)
+        self.counts = np.zeros(levels, dtype=np.int64)
+        self.pvalues = np.ones(levels)
+        self._alpha = alpha
+        self._n = n
+        self._seen = np.zeros(levels, dtype=np.int64)
+        self._process = BettingProcess(alpha, levels, n, delta)
+
+    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray) -> None:
+        """Bet on losses [m, A] of the examples that count."""
+        self.sums[levels] += np.where(counted, losses, 0).sum(axis=0, dtype=np.float64)
+        self.counts[levels] += counted.sum(axis=0)
+        self._seen[levels] += len(losses)
+        # Which examples count may be known before betting on their losses; so may be their share.
+        planned = self._n * self.counts[levels] / np.maximum(self._seen[levels], 1)
+        self._process.retune(np.maximum(planned, 1.0), levels)
+        self._process.update(losses, levels, None if counted.all() else counted)
+
+    def look(self, index: int, levels: IntArray) -> None:
+        """Read off the p-values; looking costs nothing."""
+        self.pvalues[levels] = self._process.pvalues()[levels]
+
+    def limits(self, levels: IntArray, share: float, delta: float, futility: float) -> FloatArray:
+        """Sums from which, but for a chance of `futility`, no path leads to a rejection."""
+        counts = self.counts[levels]
+        final = np.maximum(counts / share, counts)
+        variance = self._process.variances()[levels]
+        # Where the wealth of the plug-in bets reaches 1/delta, to first order, a little generous.
+        needed = 0.85 * np.sqrt(2.0 * math.log(1.0 / delta) * final * variance)
+        critical = np.maximum(final * self._alpha - needed, 0.0)
+        return _bridge(critical, variance, counts, final, futility)
+
+
+def _bridge(
+    critical: FloatArray,
+    variance: FloatArray,
+    counts: IntArray,
+    final: FloatArray | IntArray,
+    futility: float,
+) -> FloatArray:
+    """The upper `futility` quantile of the present sum, were the final one critical.
+
+    Whatever the law of the losses, given their final sum the order is random: the present sum
+    is that of a sample without replacement, and here taken as normal. With futility 0 the
+    limit is `critical` itself.
+    """
+    if futility == 0.0:
+        return critical
+    share = counts / np.maximum(final, 1)
+    spread = np.sqrt(variance * counts * (1.0 - share))
+    limit = critical * share - special.ndtri(futility) * spread + 0.5
+    return np.asarray(np.minimum(limit, critical))
+
+
+Tracker = SumTracker | BettingTracker
+
+
+def make_tracker(name: str, alpha: float, levels: int, n: int, spending: FloatArray) -> Tracker:
+    """The tracker for a p-value.
+
+    Raises
+    ------
+    ValueError
+        If the p-value must not be looked at more than once (`clt`), or is unknown.
+    """
+    usable = [kind.name for kind in PVALUES.values() if kind.anytime or kind.from_sums is not None]
+    if name not in usable:
+        raise ValueError(
+            f"pvalue={name!r} cannot be used with early looks; choose one of {', '.join(usable)}, "
+            "or pass looks=None"
+        )
+    if PVALUES[name].anytime:
+        return BettingTracker(alpha, levels, n, float(spending.sum()))
+    return SumTracker(PVALUES[name], alpha, levels, spending)
