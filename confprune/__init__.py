@@ -16,16 +16,21 @@ from confprune.calibration import calibrate, calibrate_losses, loss_matrix
 from confprune.certificate import Certificate, VerificationError
 from confprune.levels import PruneLevels, prune_levels
 from confprune.losses import Loss, Reference
+from confprune.risk.looks import LookPlan
+from confprune.risks import Risk, confident
 
 __all__ = [
     "Certificate",
+    "LookPlan",
     "Loss",
     "PruneLevels",
     "Reference",
+    "Risk",
     "VerificationError",
     "__version__",
     "calibrate",
     "calibrate_losses",
+    "confident",
     "criteria",
     "loss_matrix",
     "losses",

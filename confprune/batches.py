@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -20,7 +20,7 @@ DEFAULT_BATCH_SIZE = 256
 _LABELS = ("labels", "label")
 
 
-def batches(data: Any, batch_size: int | None = None) -> Iterator[Any]:
+def batches(data: Any, batch_size: int | None = None, order: Tensor | None = None) -> Iterator[Any]:
     """The batches of `data`, each as the data has it.
 
     Parameters
@@ -28,6 +28,8 @@ def batches(data: Any, batch_size: int | None = None) -> Iterator[Any]:
     data : Dataset, DataLoader, tensors, or iterable of batches
     batch_size : int, optional
         For data that is not yet in batches; default 256.
+    order : [n] int64, optional
+        The order of the examples, for data whose order can be chosen; see `permutable`.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def batches(data: Any, batch_size: int | None = None) -> Iterator[Any]:
     """
     check_data(data, batch_size)
     found = False
-    for batch in _stream(data, batch_size or DEFAULT_BATCH_SIZE):
+    for batch in _stream(data, batch_size or DEFAULT_BATCH_SIZE, order):
         size = batch_length(batch)
         if size:
             found = True
@@ -100,6 +102,36 @@ def example_count(data: Any) -> int | None:
     return None
 
 
+def permutable(data: Any) -> bool:
+    """Whether the examples can be had in any order: tensors, and map-style datasets.
+
+    A `DataLoader` counts where it goes through such a dataset once, in batches of a fixed size.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import permutable
+    >>> permutable(torch.zeros(7, 3)), permutable([torch.zeros(7, 3)])
+    (True, False)
+    """
+    if isinstance(data, DataLoader):
+        sampler = data.sampler
+        once = isinstance(sampler, SequentialSampler) or (
+            isinstance(sampler, RandomSampler)
+            and not sampler.replacement
+            and sampler.num_samples == len(sampler.data_source)
+        )
+        return once and type(data.batch_sampler) is BatchSampler and permutable(data.dataset)
+    if _is_whole(data):
+        return True
+    return isinstance(data, Dataset) and isinstance(data, Sized) and hasattr(data, "__getitem__")
+
+
+def order_length(data: Any) -> int:
+    """The number of examples of permutable data: an order is a permutation of so many."""
+    return order_length(data.dataset) if isinstance(data, DataLoader) else example_count(data) or 0
+
+
 def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
@@ -122,6 +154,15 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
             return batch[begin:end]  # a plain column, such as a list of file names
         return type(batch)(slice_batch(value, begin, end) for value in batch)
     return batch
+
+
+def take(batch: Any, index: Tensor) -> Any:
+    """The examples of a batch at `index` [m], in that order, in the batch's structure."""
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)]
+    if isinstance(batch, Mapping):
+        return {key: take(value, index) for key, value in batch.items()}
+    return type(batch)(take(value, index) for value in batch)
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
@@ -198,15 +239,34 @@ def _default_forward(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _stream(data: Any, batch_size: int) -> Iterable[Any]:
+def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
     if _is_whole(data):
-        return (
-            slice_batch(data, begin, begin + batch_size)
-            for begin in range(0, batch_length(data), batch_size)
-        )
+        starts = range(0, batch_length(data), batch_size)
+        if order is None:
+            return (slice_batch(data, begin, begin + batch_size) for begin in starts)
+        return (take(data, order[begin : begin + batch_size]) for begin in starts)
+    if isinstance(data, DataLoader) and order is not None:
+        return _reordered(data, order)
     if isinstance(data, Dataset):
-        return DataLoader(data, batch_size=batch_size)
+        sampler = None if order is None else order.tolist()
+        return DataLoader(data, batch_size=batch_size, sampler=sampler)
     return data  # type: ignore[no-any-return]
+
+
+def _reordered(loader: DataLoader[Any], order: Tensor) -> DataLoader[Any]:
+    """A loader like this one that goes through its dataset in the given order."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=order.tolist(),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
 
 
 def _is_whole(data: Any) -> bool:

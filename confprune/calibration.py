@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-import confprune
-from confprune.batches import (
-    Forward,
-    batch_length,
-    batches,
-    check_data,
-    example_count,
-    move_batch,
-)
-from confprune.certificate import Certificate, Pruning
-from confprune.fingerprint import fingerprint
+from confprune.batches import Forward, check_data
+from confprune.certificate import Certificate
+from confprune.certify import Question, certify, versions
+from confprune.evaluation import Evaluation, evaluate_all, moved_batches
 from confprune.grid import ACTIVATION_BYTES, GridForward, evaluation_mode, plain_losses
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
-from confprune.losses import Loss, LossLike, resolve_loss
+from confprune.losses import LossLike, resolve_loss
 from confprune.parameters import ParameterFilter
 from confprune.risk.bounds import required_n, upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
+from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risk.testing import resolve_procedure
+from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
 
 DEFAULT_SPARSITIES = tuple(j / 100 for j in range(100))
-_ROUNDING = 1e-5  # a loss may leave [0, 1] by this much in float arithmetic
 
 
 def loss_matrix(
@@ -84,10 +77,14 @@ def loss_matrix(
     >>> confprune.loss_matrix(model, torch.randn(20, 8), levels, "disagreement").shape
     torch.Size([20, 2])
     """
-    loss = resolve_loss(loss)
+    resolved = resolve_loss(loss)
     check_data(data, batch_size)
-    grid = GridForward(model, levels, [loss], forward=forward, activation_bytes=activation_bytes)
-    return _loss_matrix(grid, model, data, batch_size, progress)
+    grid = GridForward(
+        model, levels, [resolved], forward=forward, activation_bytes=activation_bytes
+    )
+    evaluation = Evaluation(model, [grid], [(0, j) for j in range(len(levels))], [resolved])
+    evidence = evaluate_all(evaluation, data, batch_size=batch_size, order=None, progress=progress)
+    return torch.from_numpy(evidence.losses[0])
 
 
 def calibrate_losses(
@@ -135,29 +132,54 @@ def calibrate_losses(
     0.5
     """
     grid = check_sparsities(sparsities)
-    _check_settings(alpha, delta, pvalue, procedure)
+    check_probability("alpha", alpha)
+    check_probability("delta", delta)
+    _check_procedure(procedure)
+    resolve_pvalue(pvalue, losses_are_binary=True)
     if isinstance(losses, Tensor):
         wide = torch.float64 if losses.dtype == torch.float64 else torch.float32
         losses = losses.detach().to("cpu", wide).numpy()
     losses = check_losses(losses)
     if losses.shape[1] != len(grid):
         raise ValueError(f"losses has {losses.shape[1]} columns for {len(grid)} sparsities")
-    return _certify(losses, grid, alpha, delta, pvalue, procedure, loss_name="losses")
+    _check_enough(len(losses), alpha, delta)
+    kind = resolve_pvalue(pvalue, losses_are_binary(losses))
+    values = kind.from_losses(losses, alpha)
+    return Certificate(
+        sparsities=grid,
+        alpha=alpha,
+        delta=delta,
+        n=len(losses),
+        loss="losses",
+        pvalue=kind.name,
+        procedure=procedure,
+        risks=tuple(loss_sums(losses) / len(losses)),
+        pvalues=tuple(values),
+        bounds=tuple(upper_bound(losses, delta, kind.name)),
+        rejected=tuple(resolve_procedure(procedure).test(values, delta)),
+        versions=versions(),
+    )
 
 
 def calibrate(
     model: nn.Module,
     data: Any,
     *,
-    loss: LossLike,
-    alpha: float,
+    loss: LossLike | None = None,
+    alpha: float | None = None,
     delta: float,
+    risks: Sequence[Risk] | None = None,
+    groups: Groups | None = None,
+    accept: Accept | None = None,
     sparsities: Sequence[float] | np.ndarray | Tensor | None = None,
-    scope: str = "global",
-    criterion: str = "magnitude",
+    scope: str | Sequence[str] = "global",
+    criterion: str | Sequence[str] = "magnitude",
     parameters: ParameterFilter | None = None,
     pvalue: str = "auto",
     procedure: str = "fixed_sequence",
+    looks: LookPlan | str | None = "auto",
+    order: str = "random",
+    guarantee: str = "risk",
     forward: Forward | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
@@ -180,16 +202,34 @@ def calibrate(
     loss : str, Loss, or callable (outputs [B, ...], reference) -> [B]
         Values in [0, 1]; see `confprune.losses`.
     alpha, delta : float in (0, 1)
+    risks : sequence of Risk, optional
+        Several losses, each with its alpha, to be kept all at once, instead of `loss` and `alpha`.
+    groups : key of the batch, "targets", or callable (batch) -> groups [B], optional
+        Keep the risk on every group of the examples.
+    accept : callable (outputs, reference) -> [B], optional
+        Count only accepted predictions, such as ``confprune.confident(0.9)``; the risk is the
+        expected loss given acceptance.
     sparsities : [K], optional
         Strictly increasing, in [0, 1); default 0, 0.01, ..., 0.99.
-    scope : {"global", "layer"}
+    scope : {"global", "layer"}, or several
         Whether the weights of all layers compete, or those of each layer alone.
-    criterion : str
-        How weights are scored; see `confprune.criteria`.
+    criterion : str, or several
+        How weights are scored; see `confprune.criteria`. With several scopes or criteria a fifth of
+        the data orders all candidates and the rest tests along that order; the best certified
+        candidate is returned.
     parameters : names, or predicate (name, parameter) -> bool, optional
         Default: the weights of linear layers and convolutions.
     pvalue, procedure : str
-        As for `calibrate_losses`.
+        As for `calibrate_losses`; "auto" goes by what the loss says of its values.
+    looks : "auto", LookPlan, or None
+        Early looks: levels whose fate is settled are not evaluated further. "auto" plans them where
+        the examples can be permuted. None: one test on all examples, the paper's.
+    order : {"random", "given"}
+        "given" takes the order of data that cannot be permuted for a random one.
+    guarantee : {"risk", "expectation", "monotone"}
+        "risk": by testing, as above. "expectation": conformal risk control, the expectation over
+        calibration data and new example of the monotonised loss is at most alpha (delta is not
+        used). "monotone": upper confidence bounds on the monotonised risk.
     forward : callable (model, batch) -> outputs, optional
     batch_size : int, optional
         For data that is not in batches yet; default 256.
@@ -198,7 +238,7 @@ def calibrate(
     activation_bytes : int
         Memory for the activations of the levels and examples evaluated together.
     seed : int
-        Recorded in the certificate.
+        Of the order of the examples; recorded in the certificate.
     progress : bool
         Show a progress bar.
 
@@ -211,12 +251,15 @@ def calibrate(
     ------
     ValueError, TypeError
         Before any work: for settings that contradict each other, data or outputs that do not fit,
-        NaN weights, or too few examples to certify even zero losses.
+        NaN weights, or too few examples, in all or in a group, to certify even zero losses.
 
     References
     ----------
     Alvarez, "Confident magnitude-based neural network pruning", arXiv 2408.04759.
-    Angelopoulos et al., "Learn then Test", arXiv 2110.01052.
+    Angelopoulos et al., "Learn then Test", arXiv 2110.01052. Several candidates: Laufer-Goldshtein
+    et al., "Efficiently controlling multiple risks with Pareto Testing", arXiv 2210.07913.
+    "expectation": Angelopoulos et al., arXiv 2208.02814, Theorem 1. "monotone": Bates et al.,
+    arXiv 2101.02703, Theorem 1.
 
     Examples
     --------
@@ -230,35 +273,39 @@ def calibrate(
     >>> 0 < certificate.sparsity < 0.5
     True
     """
-    loss = resolve_loss(loss)
+    resolved = resolve_risks(loss, alpha, risks, pvalue)
     grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
-    _check_settings(alpha, delta, pvalue, procedure)
-    check_data(data, batch_size)
-    count = example_count(data)
-    if count is not None:
-        _check_enough(count, alpha, delta)
-    levels = prune_levels(model, grid, scope=scope, criterion=criterion, parameters=parameters)
-    pruning = _pruning(model, levels)
-    if device is not None:
-        model = _on_device(model, device)
-    forward_pass = GridForward(
-        model, levels, [loss], forward=forward, activation_bytes=activation_bytes
-    )
-    losses = _loss_matrix(forward_pass, model, data, batch_size, progress)
-    notes = []
-    if forward_pass.fallback is not None:
-        notes.append(f"evaluated level by level: {forward_pass.fallback}")
-    return _certify(
-        losses.numpy(),
-        grid,
-        alpha,
-        delta,
-        pvalue,
-        procedure,
-        loss_name=loss.name,
-        pruning=pruning,
+    question = Question(
+        risks=resolved,
+        delta=check_probability("delta", delta),
+        groups=groups,
+        accept=None if accept is None else resolve_accept(accept),
+        pvalue=pvalue,
+        procedure=procedure,
+        looks=looks,
+        order=order,
+        guarantee=guarantee,
         seed=seed,
-        notes=tuple(notes),
+    )
+    check_data(data, batch_size)
+    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
+    scopes = [scope] if isinstance(scope, str) else list(scope)
+    question.check(data, len(criteria) * len(scopes))
+    ways = [
+        prune_levels(model, grid, scope=one_scope, criterion=one_criterion, parameters=parameters)
+        for one_criterion in criteria
+        for one_scope in scopes
+    ]
+    where = model if device is None else _on_device(model, device)
+    return certify(
+        question,
+        where,
+        data,
+        ways,
+        forward=forward,
+        batch_size=batch_size,
+        activation_bytes=activation_bytes,
+        progress=progress,
     )
 
 
@@ -285,95 +332,21 @@ def plain_risk(
     loss = resolve_loss(loss)
     total, n = 0.0, 0
     with evaluation_mode(model), evaluation_mode(pruned):
-        for batch in _moved_batches(model, data, batch_size, progress, "verify"):
+        for batch in moved_batches(model, data, batch_size, progress, "verify"):
             values = plain_losses(model, pruned, batch, loss, forward=forward)
             total += float(values.double().sum())
             n += len(values)
     return total / n, n
 
 
-def _loss_matrix(
-    grid: GridForward, model: nn.Module, data: Any, batch_size: int | None, progress: bool
-) -> Tensor:
-    """The loss matrix, [n, K], checked batch by batch."""
-    active = range(len(grid.levels))
-    parts: list[Tensor] = []
-    done = 0
-    with evaluation_mode(model):
-        for batch in _moved_batches(model, data, batch_size, progress, "calibrate"):
-            values = grid.evaluate(batch, active)[0]
-            _check_values(values, grid.losses[0], done, grid.levels.sparsities)
-            parts.append(values.clamp_(0, 1))
-            done += len(values)
-    return torch.cat(parts)
+def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    target = torch.device(device)
+    if all(p.device == target for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).to(target)
 
 
-def _moved_batches(
-    model: nn.Module, data: Any, batch_size: int | None, progress: bool, title: str
-) -> Iterator[Any]:
-    """Batches on the model's device, with a progress bar that counts examples."""
-    device = next(model.parameters()).device
-    with tqdm(total=example_count(data), desc=title, unit="example", disable=not progress) as bar:
-        for batch in batches(data, batch_size):
-            yield move_batch(batch, device)
-            bar.update(batch_length(batch))
-
-
-def _check_values(values: Tensor, loss: Loss, first: int, sparsities: Sequence[float]) -> None:
-    """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
-    wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
-    if not wrong.any():
-        return
-    example, j = (int(index) for index in wrong.nonzero()[0])
-    value = float(values[example, j])
-    raise ValueError(
-        f"loss {loss.name!r} is {value:g} for example {first + example} at level {j} (sparsity "
-        f"{sparsities[j]:g}); losses must be in [0, 1]"
-        + ("" if value == value else ": the network's outputs are NaN there, or the loss is")
-    )
-
-
-def _certify(
-    losses: np.ndarray,
-    grid: tuple[float, ...],
-    alpha: float,
-    delta: float,
-    pvalue: str,
-    procedure: str,
-    *,
-    loss_name: str,
-    pruning: Pruning | None = None,
-    seed: int | None = None,
-    notes: tuple[str, ...] = (),
-) -> Certificate:
-    """Test the levels of a checked loss matrix [n, K]."""
-    n = len(losses)
-    _check_enough(n, alpha, delta)
-    kind = resolve_pvalue(pvalue, losses_are_binary(losses))
-    values = kind.from_losses(losses, alpha)
-    return Certificate(
-        sparsities=grid,
-        alpha=alpha,
-        delta=delta,
-        n=n,
-        loss=loss_name,
-        pvalue=kind.name,
-        procedure=procedure,
-        risks=tuple(loss_sums(losses) / n),
-        pvalues=tuple(values),
-        bounds=tuple(upper_bound(losses, delta, kind.name)),
-        rejected=tuple(resolve_procedure(procedure).test(values, delta)),
-        pruning=pruning,
-        seed=seed,
-        notes=notes,
-        versions=_versions(),
-    )
-
-
-def _check_settings(alpha: float, delta: float, pvalue: str, procedure: str) -> None:
-    check_probability("alpha", alpha)
-    check_probability("delta", delta)
-    resolve_pvalue(pvalue, losses_are_binary=True)
+def _check_procedure(procedure: str) -> None:
     needs = resolve_procedure(procedure).needs
     if needs:
         raise ValueError(
@@ -389,29 +362,3 @@ def _check_enough(n: int, alpha: float, delta: float) -> None:
             f"{n} examples cannot certify even a zero loss at alpha={alpha:g}, delta={delta:g}; "
             f"at least {needed} are needed: give more examples, or raise alpha or delta"
         )
-
-
-def _pruning(model: nn.Module, levels: PruneLevels) -> Pruning:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return Pruning(
-        scope=levels.scope,
-        criterion=levels.criterion,
-        parameters=tuple(levels.levels),
-        fingerprint=fingerprint({name: parameters[name] for name in levels.levels}),
-        total=levels.total,
-    )
-
-
-def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
-    target = torch.device(device)
-    if all(p.device == target for p in model.parameters()):
-        return model
-    return copy.deepcopy(model).to(target)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "confprune": confprune.__version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }

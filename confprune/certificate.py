@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from confprune import certificate_file
+from confprune.evidence import Looks, Part, Pruning
 from confprune.fingerprint import difference, fingerprint
 from confprune.levels import prune_levels
 from confprune.losses import BUILT_IN, Loss, LossLike, resolve_loss
@@ -25,39 +26,6 @@ if TYPE_CHECKING:
 
 class VerificationError(ValueError):
     """The pruned network's risk is not the one that the certificate states."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruning:
-    """How the levels of a certificate prune, and the weights that they were made from.
-
-    Attributes
-    ----------
-    scope : str
-        What competes with what, such as ``"global"``.
-    criterion : str
-        What a weight's score is, such as ``"magnitude"``.
-    parameters : tuple of str
-        Names of the prunable parameters, in the model's order.
-    fingerprint : dict
-        `confprune.fingerprint.fingerprint` of these parameters before pruning.
-    total : int
-        Number of prunable weights.
-    """
-
-    scope: str
-    criterion: str
-    parameters: tuple[str, ...]
-    fingerprint: dict[str, dict[str, Any]]
-    total: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", tuple(self.parameters))
-        if set(self.parameters) != set(self.fingerprint):
-            raise ValueError("pruning: parameters and fingerprint name different parameters")
-        total = sum(math.prod(entry["shape"]) for entry in self.fingerprint.values())
-        if self.total != total:
-            raise ValueError(f"pruning: total is {self.total}, but the shapes add up to {total}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +62,19 @@ class Certificate:
         What a reader should know about the run.
     versions : dict of str to str
         Versions of the packages that made it.
+    guarantee : {"risk", "expectation", "monotone"}
+        What is promised: the risk at 1 - delta by testing, the expected risk (conformal risk
+        control), or the monotonised risk at 1 - delta (upper confidence bounds).
+    parts : tuple of Part
+        Each risk and group, where there are several. `loss`, `alpha`, `n`, `risks` and `bounds`
+        are then those of the part that binds: the one with the largest p-value at the first level
+        that is not certified. `pvalues` are the largest of all parts.
+    looks : Looks or None
+        Early looks, if there were any.
+    accept : str or None
+        Which predictions count; None for all.
+    acceptance : tuple of float, length K, or None
+        Share of the examples seen that were accepted at each level.
 
     References
     ----------
@@ -126,6 +107,11 @@ class Certificate:
     seed: int | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    guarantee: str = "risk"
+    parts: tuple[Part, ...] = ()
+    looks: Looks | None = None
+    accept: str | None = None
+    acceptance: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         # Plain Python values, whatever array library the caller's came from: they go into JSON.

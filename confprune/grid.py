@@ -112,9 +112,11 @@ class GridForward:
         """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
         if self.fallback is None:
             try:
-                return self._losses_of(self._grid_outputs(batch, active), reference)
+                outputs = self._grid_outputs(batch, active)
             except Exception as error:
                 self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
+            else:
+                return self._losses_of(outputs, reference)
         return torch.cat(
             [self._losses_of(self._masked_outputs(batch, j)[None], reference) for j in active],
             dim=-1,
@@ -125,10 +127,10 @@ class GridForward:
         values = []
         for loss in self.losses:
             if loss.vmappable:
-                of_levels = torch.vmap(loss, in_dims=(0, None), out_dims=1)(outputs, reference)
+                of_levels = torch.vmap(loss, in_dims=(0, None))(outputs, reference)
             else:
-                of_levels = torch.stack([loss(y, reference) for y in outputs], dim=1)
-            values.append(of_levels.to("cpu", torch.float32))
+                of_levels = torch.stack([loss(y, reference) for y in outputs])
+            values.append(of_levels.T.to("cpu", torch.float32))
         return torch.stack(values)
 
     def _grid_outputs(self, batch: Any, active: Sequence[int]) -> Tensor:

@@ -54,6 +54,8 @@ def prunable_parameters(
             "chose none; name them with parameters=[...] or a predicate (name, parameter) -> bool"
         )
     for name, parameter in chosen.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is lazy: run the model once before pruning it")
         if parameter.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {name!r} is {parameter.dtype}; float32, float64, float16 and bfloat16 "
@@ -70,8 +72,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of all linear and convolution layers, each once."""
-    first_names = {id(p): n for n, p in model.named_parameters()}
-    chosen: dict[str, nn.Parameter] = {}
+    wanted = set()
     for prefix, module in model.named_modules():
         if not (is_linear(module) or isinstance(module, _ConvNd)):
             continue
@@ -84,10 +85,8 @@ def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
                 "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
                 "'weight')"
             )
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"layer {prefix!r} is lazy: run the model once before pruning it")
-        chosen[first_names[id(weight)]] = weight
-    return chosen
+        wanted.add(id(weight))
+    return _in_order(model, wanted)
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -103,6 +102,11 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
                 f"{_listing(every)}"
             )
         wanted.add(id(every[name]))
+    return _in_order(model, wanted)
+
+
+def _in_order(model: nn.Module, wanted: set[int]) -> dict[str, nn.Parameter]:
+    """The parameters with these identities, however they were found: ties go by this order."""
     return {n: p for n, p in model.named_parameters() if id(p) in wanted}
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -75,20 +76,25 @@ int64_t parts(int64_t size, Body body) {
   return threads;
 }
 
-std::vector<uint64_t> prefixes_of(const Tensor& prefixes) {
+std::vector<uint64_t> prefixes_of(const Tensor& prefixes, int bits) {
   const int64_t* data = int64_data(prefixes, "prefixes");
+  for (int64_t i = 0; i < prefixes.numel(); ++i)
+    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] >> bits == 0 && (i == 0 || data[i] > data[i - 1]),
+                      "prefixes must be increasing numbers of ", bits, " bits, got ", data[i]);
   return {data, data + prefixes.numel()};
 }
 
 void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
                          int64_t shift, int64_t digit_bits, Tensor& counts) {
   check_key(scores.scalar_type(), key);
-  const Digit digit{element_of(key, "key"), int(shift), int(digit_bits), prefixes_of(prefixes)};
-  TORCH_CHECK_VALUE(shift >= 0 && digit_bits >= 1 && shift + digit_bits <= key_bits(digit.key),
-                    "shift ", shift, " and digit_bits ", digit_bits, " leave the ",
-                    key_bits(digit.key), " bits of a key");
-  TORCH_CHECK_VALUE(prefixes.numel() > 0 || shift + digit_bits == key_bits(digit.key),
+  const Element key_element = element_of(key, "key");
+  const int64_t bits = key_bits(key_element), prefix_bits = bits - shift - digit_bits;
+  TORCH_CHECK_VALUE(shift >= 0 && shift < bits && digit_bits >= 1 && prefix_bits >= 0, "shift ", shift,
+                    " and digit_bits ", digit_bits, " leave the ", bits, " bits of a key");
+  TORCH_CHECK_VALUE(prefixes.numel() > 0 || prefix_bits == 0,
                     "only the first digit of a key has no prefixes");
+  const Digit digit{key_element, int(shift), int(digit_bits),
+                    prefixes_of(prefixes, int(prefix_bits))};
   const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
   int64_data(counts, "counts");
   TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ", cells);
@@ -112,9 +118,10 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
                          int64_t shift) {
   check_key(scores.scalar_type(), key);
   const Element key_element = element_of(key, "key");
-  TORCH_CHECK_VALUE(shift >= 0 && shift < key_bits(key_element), "shift ", shift,
-                    " leaves the bits of a key");
-  const std::vector<uint64_t> wanted = prefixes_of(prefixes);
+  const int bits = key_bits(key_element);
+  TORCH_CHECK_VALUE(shift >= 0 && shift < bits, "shift ", shift, " leaves the ", bits,
+                    " bits of a key");
+  const std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
   const Source source = source_of(scores, "scores");
   std::vector<std::vector<int64_t>> found(size_t(at::get_num_threads()) + 1);
   const int64_t used = parts(scores.numel(), [&](int64_t part, int64_t begin, int64_t end) {
@@ -151,6 +158,12 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const bool* flags = straddled.const_data_ptr<bool>();
   cuts.straddled.assign(flags, flags + cuts_size);
   int64_data(ranks, "ranks");
+  for (int64_t cut = 0; cut < cuts_size; ++cut)
+    TORCH_CHECK_VALUE(values[cut] >= 0 && (cut == 0 || values[cut] > values[cut - 1]),
+                      "thresholds must be increasing keys, got ", values[cut]);
+  for (int64_t cut = 0; cut <= cuts_size; ++cut)
+    TORCH_CHECK_VALUE(first[cut] >= (cut == 0 ? 0 : first[cut - 1]) && first[cut] <= num_levels,
+                      "first_level must not decrease, in [0, ", num_levels, "], got ", first[cut]);
   const CutTable table(std::move(cuts));
 
   const Source source = source_of(scores, "scores");
@@ -216,9 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   Tensor counts = at::empty({cells, num_levels}, weight.options().dtype(at::kShort));
   int64_t* start = starts.data_ptr<int64_t>();
   const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, m.row_size));
+  std::atomic<int64_t> wrong{0};
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
-    count_prefixes(m, begin, end, block, num_levels, counts.data_ptr<int16_t>(), start);
+    const int64_t met =
+        count_prefixes(m, begin, end, block, num_levels, counts.data_ptr<int16_t>(), start);
+    if (met != 0) wrong = met;
   });
+  TORCH_CHECK_VALUE(wrong == 0, "prune level ", wrong.load(), " does not fit ", num_levels, " levels");
   for (int64_t cell = 0; cell < cells; ++cell) start[cell + 1] += start[cell];
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
@@ -229,6 +246,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   return {values, columns, starts, counts};
 }
 
+bool contiguous(at::TensorList tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_contiguous(); });
+}
+
 void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
                    at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
   const at::ScalarType compute = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -236,12 +257,15 @@ void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Ten
   TORCH_CHECK_VALUE(x.size(0) == 1 || x.size(0) == level.numel(), "x has ", x.size(0),
                     " inputs for ", level.numel(), " levels; it takes one, or one a level");
   TORCH_CHECK_VALUE(rows.size() == 4, "rows must be the four tensors of prefix_rows");
+  TORCH_CHECK_VALUE(row_size > 0, "a weight with no columns has no grid product");
   const int64_t blocks = (row_size + block - 1) / std::max<int64_t>(1, block);
   TORCH_CHECK_VALUE(block >= 1 && rows[0].scalar_type() == compute &&
                         rows[1].scalar_type() == at::kShort &&
                         rows[2].scalar_type() == at::kLong && rows[3].scalar_type() == at::kShort &&
                         rows[2].numel() == outputs * blocks + 1 && rows[3].dim() == 2 &&
-                        rows[3].size(0) == outputs * blocks,
+                        rows[3].size(0) == outputs * blocks && rows[0].numel() == rows[1].numel() &&
+                        contiguous(rows) &&
+                        rows[2].const_data_ptr<int64_t>()[outputs * blocks] == rows[0].numel(),
                     "rows were not made by prefix_rows with block ", block, " from a ", compute,
                     " matrix of shape [", outputs, ", ", row_size, "]");
   const int64_t num_levels = rows[3].size(1);
@@ -349,6 +373,7 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
     c.dilation[d] = s < 0 ? 1 : dilation[s];
     TORCH_CHECK_VALUE(c.kernel[d] >= 1 && c.stride[d] >= 1 && c.dilation[d] >= 1,
                       "kernel, stride and dilation must be positive");
+    TORCH_CHECK_VALUE(c.input[d] >= 1, "x has no positions in dimension ", s);
     TORCH_CHECK_VALUE(c.padding[d] >= 0, "padding must not be negative, got ", padding);
     const int64_t room = c.input[d] + 2 * c.padding[d] - c.dilation[d] * (c.kernel[d] - 1) - 1;
     TORCH_CHECK_VALUE(room >= 0, "the kernel is larger than the padded input in dimension ", s);

@@ -106,9 +106,7 @@ def run_conv(
 ):
     rows = prefix_rows(weight.flatten(1), levels.flatten(1), num_levels, block)
     shape, kernel = weight.shape[0], list(weight.shape[2:])
-    return grid_conv(
-        x, bias, level, rows, shape, block, kernel, stride, padding, dilation, groups
-    )
+    return grid_conv(x, bias, level, rows, shape, block, kernel, stride, padding, dilation, groups)
 
 
 def conv_case(
@@ -168,7 +166,7 @@ GEOMETRIES = {
     "depthwise": ((6, 7), 5, 5, (3, 3), 1, 1, 1, 5),
     "depthwise, two outputs a channel": ((6, 7), 4, 8, (3, 3), 2, 1, 1, 4),
     "3-d": ((4, 5, 6), 2, 3, (3, 2, 3), 1, 1),
-    "3-d strided, dilated, grouped": ((7, 6, 9), 4, 6, (2, 2, 3), (2, 1, 2), (1, 0, 2), (1, 2, 1), 2),
+    "3-d with everything": ((7, 6, 9), 4, 6, (2, 2, 3), (2, 1, 2), (1, 0, 2), (1, 2, 1), 2),
     "all padding": ((1, 1), 2, 3, (3, 3), 1, 2),
 }  # fmt: skip
 
@@ -291,6 +289,20 @@ class TestProducts:
                     y.flatten(), expected, rtol=0, atol=0, equal_nan=True, msg=f"times {factor}"
                 )
 
+    def test_small_half_numbers_are_read_exactly_where_denormals_are_flushed(self):
+        every = torch.arange(1 << 15, dtype=torch.int16).view(torch.float16)[:0x7C00]
+        expected = every.clone()
+        one = torch.ones(1, 1, dtype=torch.float16)
+        rows = prefix_rows(one, torch.ones(1, 1, dtype=torch.uint8), 1, 1)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this machine cannot flush denormals")
+        try:
+            x = every.reshape(1, -1, 1)
+            y = grid_linear(x, None, torch.tensor([0]), rows, 1, 1, True)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(y.flatten(), expected)
+
     def test_products_in_double_precision_are_not_rounded_to_single(self):
         case = linear_case(inputs=200, dtype=torch.float64, random=True)
         torch.testing.assert_close(run_linear(*case), slow_linear(*case), rtol=1e-13, atol=1e-12)
@@ -403,9 +415,11 @@ def test_an_empty_batch_gives_no_outputs():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_inputs_too_large_to_be_packed_together_are_packed_a_few_at_a_time(shared):
-    (x, *tensors), geometry = conv_case((1 << 21,), 1, 1, (1 << 16,), 1 << 16, shared=shared)
-    y = run_conv(x[:, :1].expand(-1, 20, -1, -1), *tensors, **geometry, block=1 << 14)
-    expected = slow_conv(x[:, :1], *tensors, **geometry)
+    (x, *tensors), geometry = conv_case(
+        (1 << 22,), 1, 1, (1 << 16,), 1 << 16, batch=1, shared=shared
+    )
+    y = run_conv(x.expand(-1, 20, -1, -1), *tensors, **geometry, block=1 << 14)
+    expected = slow_conv(x, *tensors, **geometry)
     assert torch.equal(y, expected.expand(-1, 20, -1, -1))
 
 
@@ -505,6 +519,8 @@ def registered_calls():
     nothing = torch.zeros(0, dtype=torch.int64)
     counts = torch.zeros(1 << 15, dtype=torch.int64)
     yield "magnitude_histogram", (scores, torch.float32, nothing, 16, 15, counts)
+    top = scores.abs().view(torch.int32).long() >> 16
+    yield "magnitude_collect", (scores, torch.float32, top.unique()[3:5], 16)
     key = scores.abs().median().view(torch.int32).reshape(1).long()
     cut = (torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([True]))
     yield "assign_levels", (scores, torch.float32, key, *cut, torch.zeros(1, dtype=torch.int64))
@@ -523,7 +539,7 @@ def registered_calls():
 CALLS = list(registered_calls())
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(CALLS)])  # fmt: skip # noqa: E501
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[name for name, _ in CALLS])
 def test_operators_are_registered_as_torch_wants_them(name, arguments):
     torch.library.opcheck(getattr(torch.ops.confprune, name).default, arguments)
 
@@ -673,7 +689,11 @@ def longs(*values: int) -> Tensor:
         ({"digit_bits": 0}, ValueError, "leave the 31 bits"),
         ({"shift": 15}, ValueError, "only the first digit of a key has no prefixes"),
         ({"prefixes": longs(1).int()}, TypeError, "prefixes must be a contiguous int64"),
-        ({"prefixes": longs(1)}, ValueError, "prefixes must be increasing numbers of 0 bits, got 1"),
+        (
+            {"prefixes": longs(1)},
+            ValueError,
+            "prefixes must be increasing numbers of 0 bits, got 1",
+        ),
         ({"counts": torch.zeros(7).long()}, ValueError, "counts holds 7 cells, not 32768"),
         ({"counts": torch.zeros(1 << 15)}, TypeError, "counts must be a contiguous int64"),
     ],
@@ -689,6 +709,28 @@ def test_a_histogram_of_wrong_arguments_is_refused(changes, error, message):
     }
     with pytest.raises(error, match=message):
         torch.ops.confprune.magnitude_histogram(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scores": torch.zeros(3).int()}, ValueError, "cannot hold the magnitudes of Int"),
+        ({"shift": 31}, ValueError, "shift 31 leaves the 31 bits of a key"),
+        ({"prefixes": longs(1 << 15)}, ValueError, "increasing numbers of 15 bits, got 32768"),
+        ({"prefixes": longs(2, 1)}, ValueError, "increasing numbers of 15 bits, got 1"),
+        ({"prefixes": longs(-1)}, ValueError, "increasing numbers of 15 bits, got -1"),
+        ({"prefixes": longs(1).int()}, TypeError, "prefixes must be a contiguous int64"),
+    ],
+)
+def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
+    arguments = {
+        "scores": torch.zeros(3),
+        "key": torch.float32,
+        "prefixes": longs(1),
+        "shift": 16,
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.confprune.magnitude_collect(**(arguments | changes))
 
 
 @pytest.mark.parametrize(

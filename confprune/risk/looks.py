@@ -126,11 +126,11 @@ def default_looks(n: int, alpha: float, delta: float, pvalue: str = "binomial") 
     exact = pvalue in ("binomial", "betting")
     factor = 2.0**0.25 if exact else 2.0**0.5
     early = 0.7 if exact else 0.3
-    smallest = 3 * required_n(alpha, delta)
+    smallest = 2 * required_n(alpha, delta)
     steps = max(0, math.floor(math.log(n / smallest) / math.log(factor))) if n >= smallest else 0
     sizes = sorted({math.ceil(n * factor**-step) for step in range(steps + 1)})
     before = len(sizes) - 1
     if before == 0:
         return LookPlan((n,), (delta,), delta)
     spending = (early * delta / before,) * before + ((1.0 - early) * delta,)
-    return LookPlan(tuple(sizes), spending, delta)
+    return LookPlan(tuple(sizes), spending, delta, futility=min(FUTILITY, 0.5 / len(sizes)))

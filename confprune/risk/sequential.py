@@ -13,8 +13,11 @@ from numpy.typing import ArrayLike
 
 from confprune.risk.inputs import FloatArray, IntArray, check_losses, check_probability
 from confprune.risk.looks import LookPlan
-from confprune.risk.spending import SumTracker, Tracker, make_tracker
+from confprune.risk.spending import SumTracker, make_tracker
 from confprune.risk.testing import BoolArray, resolve_procedure
+
+_LOST = 1 / 30
+"""Part of the futility at which a level counts as lost whatever follows it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class SequentialTest:
 
     A level that is given up is never rejected: that can only make an error less likely. In
     fixed-sequence testing all later levels are given up with it, for they cannot be reached any
-    more. A rejected level needs no further evaluation even if the chain has not reached it yet.
+    more; so a level that is merely doubtful is kept while a later one may be rejected. A
+    rejected level needs no further evaluation even if the chain has not reached it yet.
     For `bonferroni` and `holm` the looks are designed for delta / K, the level at which a
     rejection stands whatever the other levels do.
 
@@ -143,6 +147,7 @@ class SequentialTest:
             for target in targets
         ]
         self._active = np.arange(levels)
+        self._end = levels
         self._examples = np.zeros(levels, dtype=np.int64)
         self._seen = 0
         self._look = 0
@@ -269,26 +274,42 @@ class SequentialTest:
     def _look_if_due(self) -> None:
         if self._seen < self.next_look:
             return
-        last = self._look == len(self._plan.sizes) - 1
-        settled = np.ones(self._active.size, dtype=bool)
-        hopeless = np.zeros(self._active.size, dtype=bool)
+        pending = np.zeros(self._active.size, dtype=bool)
+        doubtful, lost = pending.copy(), pending.copy()
+        share = self._seen / self._plan.n
         for tracker in self._trackers:
             # A risk that has been rejected stays so; its further losses do not matter.
-            pending = tracker.pvalues[self._active] > self._delta
-            tracker.look(self._look, self._active[pending])
-            pending = tracker.pvalues[self._active] > self._delta
-            settled &= ~pending
-            hopeless |= pending & self._is_hopeless(tracker)
+            waiting = tracker.pvalues[self._active] > self._delta
+            tracker.look(self._look, self._active[waiting])
+            waiting = tracker.pvalues[self._active] > self._delta
+            sums = tracker.sums[self._active]
+            for chance, flags in (
+                (self._plan.futility, doubtful),
+                (_LOST * self._plan.futility, lost),
+            ):
+                limits = tracker.limits(self._active, share, self._reachable, chance)
+                flags |= waiting & (sums > limits)
+            pending |= waiting
         self._look += 1
-        remaining = ~settled & ~hopeless
-        if self._procedure.chain and hopeless.any():
-            remaining[np.argmax(hopeless) :] = False
-        self._active = self._active[remaining & (not last)]
+        if self._procedure.chain:
+            self._shorten_chain(pending & doubtful, pending & lost)
+            self._active = self._active[pending & (self._active < self._end)]
+        else:
+            self._active = self._active[pending & ~doubtful]
+        if self._look == len(self._plan.sizes):
+            self._active = self._active[:0]
 
-    def _is_hopeless(self, tracker: Tracker) -> BoolArray:
-        share = self._seen / self._plan.n
-        limits = tracker.limits(self._active, share, self._reachable, self._plan.futility)
-        return np.asarray(tracker.sums[self._active] > limits)
+    def _shorten_chain(self, doubtful: BoolArray, lost: BoolArray) -> None:
+        """Give up the levels from a lost one on, and a doubtful end of the chain.
+
+        A doubtful level before one that has been or may still be rejected is kept: it would take
+        that one with it.
+        """
+        promising = np.arange(self._end)
+        promising = promising[~np.isin(promising, self._active[doubtful])]
+        self._end = int(promising[-1]) + 1 if promising.size else 0
+        if lost.any():
+            self._end = min(self._end, int(self._active[lost][0]))
 
 
 def _expand(mask: ArrayLike | None, shape: tuple[int, ...]) -> BoolArray:

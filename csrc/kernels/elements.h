@@ -37,9 +37,12 @@ inline float widen(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits)
 inline float widen(Half value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  // Shifted into a float's fields the exponent is 112 too small; one exact product repairs it, also
-  // for subnormals. Infinity and NaN keep their all-ones exponent.
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  // Shifted into a float's fields the exponent is 112 too small. A subnormal gets one more, whose
+  // hidden bit is taken off again: no float is subnormal on the way, for these may count as 0.
+  const float normal = bit_cast<float>((magnitude << 13) + 0x38000000u);
+  const float subnormal = bit_cast<float>((magnitude << 13) + 0x38800000u) - 0x1p-14f;
+  const float scaled = magnitude < 0x400u ? subnormal : normal;
+  // Infinity and NaN keep their all-ones exponent.
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
 }

@@ -42,7 +42,8 @@ struct Rows {
   const int16_t* counts;
 };
 
-// tile[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level.
+// tile[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level. The additions
+// stand in the order of shared_tile, so that a level does not depend on those asked for with it.
 template <class T, int V>
 void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end, const T* x,
                 T* tile) {
@@ -58,18 +59,15 @@ void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t 
     for (int64_t row = row_begin; row < row_end; ++row) {
       const int64_t cell = row * rows.blocks + block;
       const T* input = x + row / rows_per_group * group_size;
+      const T start = bias == nullptr ? T(0) : bias[row];
       T* out = tile + (row - row_begin) * L::kTile;
-      typename L::Vector sum[V];
-      for (int v = 0; v < V; ++v) {
-        if (block == 0)
-          sum[v] = typename L::Vector{} + (bias == nullptr ? T(0) : bias[row]);
-        else
-          sum[v] = *reinterpret_cast<typename L::Unaligned*>(out + v * L::kWidth);
-      }
+      typename L::Vector sum[V] = {};
       accumulate<T, V>(sum, values + rows.starts[cell], rows.columns + rows.starts[cell],
                        rows.counts[cell * rows.levels + level], offsets, input);
-      for (int v = 0; v < V; ++v)
-        *reinterpret_cast<typename L::Unaligned*>(out + v * L::kWidth) = sum[v];
+      for (int v = 0; v < V; ++v) {
+        auto* place = reinterpret_cast<typename L::Unaligned*>(out + v * L::kWidth);
+        *place = block == 0 ? sum[v] + start : *place + sum[v];
+      }
     }
   }
 }

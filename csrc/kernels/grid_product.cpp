@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 
 #include "kernels/grid_tasks.h"
 
@@ -10,6 +12,7 @@ namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
+constexpr int64_t kPackedElements = int64_t(1) << 25;  // beyond, fewer examples are packed together
 
 const InstructionSet& choose() {
   const char* asked = std::getenv("CONFPRUNE_ISA");
@@ -52,6 +55,9 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   }
   const int64_t plane = packed.extent[0] * packed.extent[1] * packed.extent[2] * chunk;
   packed.channel_size = planes * plane;
+  const int64_t channels = std::max<int64_t>(1, c.channels / c.groups);
+  if (packed.channel_size > std::numeric_limits<int32_t>::max() / channels)
+    throw std::length_error("an example of a convolution has more than 2^31 elements");
 
   const int64_t taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
   packed.offsets.resize(product.rows.row_size);
@@ -86,7 +92,10 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   const Convolution& c = product.convolution;
   const bool linear = c.output[0] * c.output[1] * c.output[2] == 1;
   const int64_t widest = linear ? d.lanes : kConvolutionChunk;
-  d.packed = pack_layout(product, std::max<int64_t>(1, std::min(widest, product.batch)));
+  d.packed = pack_layout(product, 1);
+  const int64_t fit = kPackedElements / std::max<int64_t>(1, c.channels * d.packed.channel_size);
+  const int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
+  if (chunk > 1) d.packed = pack_layout(product, chunk);
   d.chunks = (product.batch + d.packed.chunk - 1) / d.packed.chunk;
   const int64_t inputs = product.shared ? 1 : product.num_levels;
   const int64_t row_groups = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, inputs * d.chunks));

@@ -44,15 +44,19 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
 
 }  // namespace
 
-void count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                    int64_t num_levels, int16_t* counts, int64_t* starts) {
+int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
+                       int64_t num_levels, int16_t* counts, int64_t* starts) {
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int32_t> pruned_at(num_levels + 1);
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t from = b * block, to = std::min(m.row_size, from + block);
       std::fill(pruned_at.begin(), pruned_at.end(), 0);
-      for (int64_t c = from; c < to; ++c) ++pruned_at[level_at(m, row, c)];
+      for (int64_t c = from; c < to; ++c) {
+        const int64_t level = level_at(m, row, c);
+        if (level < 0 || level > num_levels) return level;
+        ++pruned_at[level];
+      }
       int16_t* cell = counts + (row * blocks + b) * num_levels;
       int32_t alive = 0;
       for (int64_t level = num_levels - 1; level >= 0; --level) {
@@ -62,6 +66,7 @@ void count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end,
       starts[row * blocks + b + 1] = cell[0];
     }
   }
+  return 0;
 }
 
 void fill_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,

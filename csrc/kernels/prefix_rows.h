@@ -39,9 +39,10 @@ struct LevelledMatrix {
 };
 
 // Writes counts[cell, j] for every cell (row, block) of rows [row_begin, row_end), and the number of
-// weights kept in cell + 1 of `starts`.
-void count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                    int64_t num_levels, int16_t* counts, int64_t* starts);
+// weights kept in cell + 1 of `starts`. Returns a prune level outside [0, num_levels], if it meets one,
+// else 0.
+int64_t count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
+                       int64_t num_levels, int16_t* counts, int64_t* starts);
 
 // Fills values and columns, given the running sum of `starts`.
 void fill_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,

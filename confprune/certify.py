@@ -1,0 +1,433 @@
+"""From settings, data and ways of pruning to a certificate."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from confprune.batches import Forward, batches, example_count, order_length, permutable
+from confprune.certificate import Certificate
+from confprune.evaluation import Evaluation, Findings, evaluate_all, test_all, test_early
+from confprune.evidence import Looks, Part, Pruning
+from confprune.fingerprint import fingerprint
+from confprune.grid import GridForward
+from confprune.levels import PruneLevels
+from confprune.losses import Loss
+from confprune.risk.bounds import required_n
+from confprune.risk.inputs import FloatArray, IntArray
+from confprune.risk.looks import LookPlan, default_looks
+from confprune.risk.pvalues import PVALUES
+from confprune.risk.testing import pareto_order, resolve_procedure
+from confprune.risks import Groups, Risk, Target, group_labels, resolve_targets
+
+GUARANTEES = ("risk", "expectation", "monotone")
+ORDERS = ("random", "given")
+ORDERING_SHARE = 0.2
+"""Share of the examples that orders the candidates where there are several ways to prune."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be certified, and how. The fields are the arguments of `confprune.calibrate`."""
+
+    risks: tuple[Risk, ...]
+    delta: float
+    groups: Groups | None
+    accept: Loss | None
+    pvalue: str
+    procedure: str
+    looks: LookPlan | str | None
+    order: str
+    guarantee: str
+    seed: int
+
+    @property
+    def alpha(self) -> float:
+        """The smallest risk allowed."""
+        return min(risk.alpha for risk in self.risks)
+
+    @property
+    def measures(self) -> list[Loss]:
+        """What is computed of the outputs: the losses, then the acceptance if asked for."""
+        losses = [risk.loss for risk in self.risks]
+        return losses if self.accept is None else [*losses, self.accept]
+
+    def check(self, data: Any, ways: int) -> None:
+        """Raise ValueError for settings that contradict each other or the data."""
+        for name, value, valid in (
+            ("guarantee", self.guarantee, GUARANTEES),
+            ("order", self.order, ORDERS),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name} {value!r} is unknown; choose from {list(valid)}")
+        if not (self.looks is None or self.looks == "auto" or isinstance(self.looks, LookPlan)):
+            raise ValueError(f"looks must be 'auto', a LookPlan or None, got {self.looks!r}")
+        needs = resolve_procedure(self.procedure).needs
+        if needs not in ((), ("order",)):
+            raise ValueError(
+                f"procedure {self.procedure!r} needs {', '.join(needs)}: call "
+                f"confprune.risk.testing.{self.procedure} on the p-values of a loss matrix"
+            )
+        targets = resolve_targets(self.risks, None, self.pvalue)
+        if self.guarantee != "risk":
+            self._check_plain(ways)
+        if isinstance(self.looks, LookPlan):
+            self._check_plan(self.looks, data, ways)
+        self._check_order(data, targets, ways)
+        count = _count(data)
+        if count is not None:
+            self.check_enough(count)
+
+    def check_enough(self, n: int, group: str | None = None) -> None:
+        """Raise ValueError where `n` examples cannot certify even a zero loss."""
+        needed = 1 if self.guarantee == "expectation" else required_n(self.alpha, self.delta)
+        if n >= needed:
+            return
+        who = "" if group is None else f" of group {group!r}"
+        way_out = "give more examples, or raise alpha or delta"
+        if group is not None:
+            way_out += ", or merge the group with another"
+        raise ValueError(
+            f"{n} examples{who} cannot certify even a zero loss at alpha={self.alpha:g}, "
+            f"delta={self.delta:g}; at least {needed} are needed: {way_out}"
+        )
+
+    def _check_plain(self, ways: int) -> None:
+        extras = {
+            "risks": len(self.risks) > 1,
+            "groups": self.groups is not None,
+            "accept": self.accept is not None,
+            "looks": isinstance(self.looks, LookPlan),
+            "several scopes or criteria": ways > 1,
+        }
+        for name, given in extras.items():
+            if given:
+                raise ValueError(
+                    f"guarantee={self.guarantee!r} is for one risk on all examples; leave out "
+                    f"{name}, or use guarantee='risk'"
+                )
+
+    def _check_plan(self, plan: LookPlan, data: Any, ways: int) -> None:
+        if abs(plan.delta - self.delta) > 1e-12:
+            raise ValueError(
+                f"looks were planned for delta={plan.delta:g}, but delta={self.delta:g}; plan them "
+                "for the same"
+            )
+        count = _count(data)
+        if count is not None:
+            plan.check_n(count - (self.ordering_size(count) if ways > 1 else 0))
+
+    def _check_order(self, data: Any, targets: Sequence[Target], ways: int) -> None:
+        """Refuse to take the order of the data for random unless the caller says so."""
+        if permutable(data) or self.order == "given":
+            return
+        anytime = any(PVALUES[target.pvalue].anytime for target in targets)
+        for setting, given in (
+            ("looks", isinstance(self.looks, LookPlan)),
+            (f"pvalue={self.pvalue!r}", anytime),
+            ("more than one scope or criterion", ways > 1),
+        ):
+            if given:
+                raise ValueError(
+                    f"{setting} needs the examples in random order, and this data cannot be "
+                    "permuted; give a map-style Dataset or tensors, or order='given' if the order "
+                    "is random already"
+                )
+
+    def ordering_size(self, n: int) -> int:
+        """Examples that order the candidates."""
+        return int(ORDERING_SHARE * n)
+
+    def plan(self, n: int | None, targets: Sequence[Target], *, random: bool) -> LookPlan | None:
+        """The looks at n examples; None for one test on all of them."""
+        if self.looks != "auto":
+            return self.looks  # type: ignore[return-value]
+        names = {target.pvalue for target in targets}
+        asymptotic = any(PVALUES[name].asymptotic for name in names)
+        if n is None or not random or asymptotic:
+            return None
+        exact = names <= {"binomial", "betting"}
+        return default_looks(n, self.alpha, self.delta, "binomial" if exact else "convex")
+
+
+def certify(
+    question: Question,
+    model: nn.Module,
+    data: Any,
+    ways: Sequence[PruneLevels],
+    *,
+    forward: Forward | None,
+    batch_size: int | None,
+    activation_bytes: int,
+    progress: bool,
+) -> Certificate:
+    """Evaluate, test, and write down what may be claimed."""
+    grids = [
+        GridForward(
+            model, levels, question.measures, forward=forward, activation_bytes=activation_bytes
+        )
+        for levels in ways
+    ]
+    losses = [risk.loss for risk in question.risks]
+    order = None
+    if permutable(data):
+        generator = torch.Generator().manual_seed(question.seed)
+        order = torch.randperm(order_length(data), generator=generator)
+    names = _group_names(question, data, batch_size)
+    candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
+    notes: list[str] = []
+    run = _Run(question, model, data, grids, losses, names, order, batch_size, progress)
+    if question.guarantee != "risk":
+        certificate = run.control(ways[0])
+    else:
+        if len(ways) > 1 or question.procedure == "split_fixed_sequence":
+            candidates, note = run.ordered(candidates, ways)
+            notes.append(note)
+        certificate = run.tested(candidates, ways)
+    if order is None and question.order == "given" and certificate.looks is not None:
+        note = "the order of the examples was taken as given, and for a random one"
+        warnings.warn(note, UserWarning, stacklevel=3)
+        notes.append(note)
+    for grid in grids:
+        if grid.fallback is not None:
+            notes.append(f"evaluated level by level: {grid.fallback}")
+    return replace(certificate, notes=(*certificate.notes, *dict.fromkeys(notes)))
+
+
+class _Run:
+    """One calibration: the question, and everything that is read to answer it."""
+
+    def __init__(
+        self,
+        question: Question,
+        model: nn.Module,
+        data: Any,
+        grids: Sequence[GridForward],
+        losses: Sequence[Loss],
+        groups: Sequence[str] | None,
+        order: Tensor | None,
+        batch_size: int | None,
+        progress: bool,
+    ) -> None:
+        self.question = question
+        self.model = model
+        self.data = data
+        self.grids = grids
+        self.losses = losses
+        self.groups = groups
+        self.order = order
+        self.reading: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        self.procedure = question.procedure
+
+    def evaluation(self, candidates: Sequence[tuple[int, int]]) -> Evaluation:
+        question = self.question
+        return Evaluation(
+            self.model, self.grids, candidates, self.losses, question.accept, question.groups
+        )
+
+    def ordered(
+        self, candidates: Sequence[tuple[int, int]], ways: Sequence[PruneLevels]
+    ) -> tuple[list[tuple[int, int]], str]:
+        """The candidates worth testing, in an order learned on a part of the data set aside."""
+        if self.order is None:
+            raise ValueError(
+                "several scopes or criteria, or procedure='split_fixed_sequence', set a part of "
+                "the examples aside and need a map-style Dataset or tensors"
+            )
+        size = self.question.ordering_size(len(self.order))
+        self.question.check_enough(len(self.order) - size)
+        self.procedure = "split_fixed_sequence"
+        evaluation = self.evaluation(candidates)
+        evidence = evaluate_all(evaluation, self.data, order=self.order[:size], **self.reading)
+        self.order = self.order[size:]
+        sparsities = [ways[g].sparsities[j] for g, j in candidates]
+        alphas = [risk.alpha for risk in self.question.risks]
+        front = pareto_order(list(evidence.losses), alphas, sparsities)
+        tried = ", ".join(f"{levels.criterion} ({levels.scope})" for levels in ways)
+        note = (
+            f"the order of testing was learned on {size:,} other examples, among {tried}; the "
+            f"{len(front)} candidates on the Pareto front were tested"
+        )
+        return [candidates[c] for c in front], note
+
+    def tested(
+        self, candidates: Sequence[tuple[int, int]], ways: Sequence[PruneLevels]
+    ) -> Certificate:
+        """The certificate of the best candidate that passes."""
+        question = self.question
+        evaluation = self.evaluation(candidates)
+        targets = resolve_targets(question.risks, self.groups, question.pvalue)
+        random = self.order is not None or question.order == "given"
+        count = example_count(self.data) if self.order is None else len(self.order)
+        plan = question.plan(count, targets, random=random)
+        if plan is not None and self.groups is None and question.groups is not None:
+            raise ValueError(
+                "groups with looks need data that can be read twice; give a map-style Dataset, "
+                "tensors or a DataLoader, or looks=None"
+            )
+        if plan is not None:
+            findings = test_early(
+                evaluation,
+                self.data,
+                targets,
+                plan,
+                self.procedure,
+                order=self.order,
+                **self.reading,
+            )
+            n = plan.n
+        else:
+            evidence = evaluate_all(evaluation, self.data, order=self.order, **self.reading)
+            n = evidence.losses.shape[1]
+            question.check_enough(n)
+            if evidence.labels is not None and self.groups is None:
+                targets = self._late_targets(evidence.labels)
+            findings = test_all(evidence, self.losses, targets, question.delta, self.procedure)
+        return self._certificate(findings, targets, candidates, ways, plan, n)
+
+    def control(self, levels: PruneLevels) -> Certificate:
+        """The certificate of conformal risk control, or of monotone upper bounds."""
+        from confprune.risk.control import conformal_level, monotone_bounds
+
+        question, risk = self.question, self.question.risks[0]
+        evaluation = self.evaluation([(0, j) for j in range(len(levels))])
+        evidence = evaluate_all(evaluation, self.data, order=self.order, **self.reading)
+        matrix = evidence.losses[0]
+        question.check_enough(len(matrix))
+        raise NotImplementedError((conformal_level, monotone_bounds, risk))
+
+    def _late_targets(self, labels: np.ndarray) -> list[Target]:
+        """The targets where the groups could not be known before the data had been read."""
+        sizes = Counter(labels.tolist())
+        for group, size in sorted(sizes.items()):
+            self.question.check_enough(size, group)
+        return resolve_targets(self.question.risks, sorted(sizes), self.question.pvalue)
+
+    def _certificate(
+        self,
+        findings: Findings,
+        targets: Sequence[Target],
+        candidates: Sequence[tuple[int, int]],
+        ways: Sequence[PruneLevels],
+        plan: LookPlan | None,
+        n: int,
+    ) -> Certificate:
+        question, result = self.question, findings.result
+        grid_of, level_of = np.array(candidates).T
+        sparsities = np.array([ways[g].sparsities[j] for g, j in candidates])
+        passed = np.flatnonzero(result.rejected)
+        way = int(grid_of[passed[np.argmax(sparsities[passed])]]) if len(passed) else 0
+        mine = grid_of == way
+        columns, levels = np.flatnonzero(mine), ways[way]
+
+        def spread(values: Any, empty: Any = np.nan) -> Any:
+            """Values of the tested candidates as values of the whole grid."""
+            whole = np.full(len(levels), empty)
+            whole[level_of[columns]] = np.asarray(values)[columns]
+            return tuple(whole.tolist())
+
+        parts = tuple(
+            Part(
+                loss=target.risk.loss.name,
+                pvalue=target.pvalue,
+                alpha=target.risk.alpha,
+                group=target.group,
+                counts=spread(result.counts[r], 0),
+                risks=spread(_means(result.sums[r], result.counts[r])),
+                pvalues=spread(result.pvalues_by_risk[r]),
+                bounds=spread(findings.bounds[r]),
+            )
+            for r, target in enumerate(targets)
+        )
+        rejected = spread(result.rejected, False)
+        binding = parts[_binding(parts, rejected)]
+        looks = None
+        if plan is not None:
+            looks = Looks(
+                sizes=plan.sizes,
+                spending=plan.spending,
+                seen=spread(result.seen, 0),
+                evaluations=result.evaluations,
+                saved=result.saved,
+                order="given" if self.order is None else "permuted",
+            )
+        rates = findings.acceptance
+        return Certificate(
+            sparsities=levels.sparsities,
+            alpha=binding.alpha,
+            delta=question.delta,
+            n=n,
+            loss=binding.loss,
+            pvalue=binding.pvalue,
+            procedure=self.procedure,
+            risks=binding.risks,
+            pvalues=spread(result.pvalues),
+            bounds=binding.bounds,
+            rejected=rejected,
+            pruning=pruning_of(self.model, levels),
+            seed=question.seed,
+            versions=versions(),
+            parts=parts if len(parts) > 1 else (),
+            looks=looks,
+            accept=None if question.accept is None else question.accept.name,
+            acceptance=None if rates is None else spread(rates),
+        )
+
+
+def pruning_of(model: nn.Module, levels: PruneLevels) -> Pruning:
+    """How these levels prune this model, with the fingerprint of its weights."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return Pruning(
+        scope=levels.scope,
+        criterion=levels.criterion,
+        parameters=tuple(levels.levels),
+        fingerprint=fingerprint({name: parameters[name] for name in levels.levels}),
+        total=levels.total,
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that made a certificate."""
+    return {name: metadata.version(name) for name in ("confprune", "torch", "numpy")}
+
+
+def _count(data: Any) -> int | None:
+    return order_length(data) if permutable(data) else example_count(data)
+
+
+def _group_names(question: Question, data: Any, batch_size: int | None) -> list[str] | None:
+    """The groups there are, read from the data beforehand; None where it can be read only once."""
+    if question.groups is None or isinstance(data, Iterator):
+        return None
+    sizes: Counter[str] = Counter()
+    order = torch.arange(order_length(data)) if permutable(data) else None
+    for batch in batches(data, batch_size, order):
+        sizes.update(group_labels(batch, question.groups))
+    for group, size in sorted(sizes.items()):
+        question.check_enough(size, group)
+    return sorted(sizes)
+
+
+def _means(sums: FloatArray, counts: IntArray) -> FloatArray:
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _binding(parts: Sequence[Part], rejected: Sequence[bool]) -> int:
+    """The part with the largest p-value at the first tested level that did not pass."""
+    if len(parts) == 1:
+        return 0
+    pvalues = np.array([part.pvalues for part in parts])
+    tested = ~np.isnan(pvalues).any(axis=0)
+    failed = np.flatnonzero(tested & ~np.array(rejected))
+    passed = np.flatnonzero(rejected)
+    beyond = failed[failed > (passed[-1] if len(passed) else -1)]
+    at = beyond[0] if len(beyond) else np.flatnonzero(tested)[-1]
+    return int(np.argmax(pvalues[:, at]))

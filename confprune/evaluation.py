@@ -1,0 +1,331 @@
+"""Losses of all candidates under test, example by example: whole, or until every fate is settled.
+
+A candidate is a level of some grid; there is one grid for each way of pruning. What the tests need
+of an example are its losses at the candidates, its group, and where its prediction is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from confprune.batches import batch_length, batches, example_count, move_batch, slice_batch
+from confprune.grid import GridForward, evaluation_mode
+from confprune.losses import Loss
+from confprune.risk.bounds import upper_bound, upper_bound_from_sums
+from confprune.risk.inputs import FloatArray, IntArray, loss_sums
+from confprune.risk.looks import LookPlan
+from confprune.risk.pvalues import PVALUES
+from confprune.risk.sequential import RiskTarget, SequentialResult, SequentialTest
+from confprune.risk.testing import resolve_procedure
+from confprune.risks import Groups, Target, group_labels
+
+_ROUNDING = 1e-5  # a loss may leave [0, 1] by this much in float arithmetic
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What some examples say of A candidates.
+
+    Attributes
+    ----------
+    losses : [L, B, A] float32
+    accepted : [B, A] bool, or None where every prediction counts
+    labels : group of each example, or None
+    """
+
+    losses: NDArray[np.float32]
+    accepted: NDArray[np.bool_] | None
+    labels: NDArray[np.str_] | None
+
+    def of(self, target: Target, losses: Sequence[Loss]) -> tuple[NDArray[np.float32], Any]:
+        """The losses [B, A] that a target is about, and which of them count (None: all)."""
+        matrix = self.losses[[loss.name for loss in losses].index(target.risk.loss.name)]
+        counted = self.accepted
+        if target.group is not None and self.labels is not None:
+            member = self.labels == target.group
+            counted = member if counted is None else counted & member[:, None]
+        return matrix, counted
+
+
+class Evaluation:
+    """The losses of candidates on batches of data.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    grids : sequence of GridForward
+        One for each way of pruning, all with the same measures: the losses, then `accept` if given.
+    candidates : sequence of (grid, level)
+        C pairs, in the order of testing.
+    losses : sequence of Loss
+    accept : Loss, optional
+    groups : key or callable, optional
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grids: Sequence[GridForward],
+        candidates: Sequence[tuple[int, int]],
+        losses: Sequence[Loss],
+        accept: Loss | None = None,
+        groups: Groups | None = None,
+    ) -> None:
+        self.losses = tuple(losses)
+        self._model = model
+        self._grids = tuple(grids)
+        self._candidates = np.array(candidates, dtype=np.int64).reshape(-1, 2)
+        self._accept = accept
+        self._groups = groups
+        self._seen = 0
+        self.selective = accept is not None
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def stream(
+        self, data: Any, batch_size: int | None, order: Tensor | None, progress: bool
+    ) -> Iterator[Any]:
+        """The batches of `data` on the model's device, the model in evaluation mode."""
+        with evaluation_mode(self._model):
+            yield from moved_batches(
+                self._model, data, batch_size, progress, "calibrate", order=order
+            )
+
+    def __call__(self, batch: Any, active: IntArray) -> Evidence:
+        """Evaluate the candidates at `active` [A] on the next examples.
+
+        Raises
+        ------
+        ValueError
+            If a loss is NaN or outside [0, 1].
+        """
+        size = batch_length(batch)
+        measures = len(self.losses) + (self._accept is not None)
+        values = torch.empty(measures, size, len(active), dtype=torch.float32)
+        grid_of, level_of = self._candidates[active].T
+        for g in np.unique(grid_of):
+            columns = np.flatnonzero(grid_of == g)
+            columns = columns[np.argsort(level_of[columns])]
+            levels = level_of[columns].tolist()
+            grid = self._grids[g]
+            part = grid.evaluate(batch, levels)
+            for loss, matrix in zip(self.losses, part, strict=False):
+                _check_values(matrix, loss, self._seen, levels, grid.levels.sparsities)
+            values[:, :, columns] = part
+        self._seen += size
+        accepted = None if self._accept is None else (values[-1] > 0.5).numpy()
+        labels = None
+        if self._groups is not None:
+            labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
+        return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
+
+
+def evaluate_all(
+    evaluation: Evaluation,
+    data: Any,
+    *,
+    batch_size: int | None,
+    order: Tensor | None,
+    progress: bool,
+) -> Evidence:
+    """The evidence of all examples on all candidates."""
+    active = np.arange(len(evaluation))
+    parts = [
+        evaluation(batch, active) for batch in evaluation.stream(data, batch_size, order, progress)
+    ]
+    accepted = [part.accepted for part in parts if part.accepted is not None]
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Evidence(
+        np.concatenate([part.losses for part in parts], axis=1),
+        np.concatenate(accepted) if accepted else None,
+        np.concatenate(labels) if labels else None,
+    )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a test found of C candidates and R targets.
+
+    Attributes
+    ----------
+    result : SequentialResult
+    bounds : [R, C] float64
+        Upper confidence bound of each target's risk at each candidate alone.
+    acceptance : [C] float64, or None where every prediction counts
+        Share of the examples seen that were accepted.
+    """
+
+    result: SequentialResult
+    bounds: FloatArray
+    acceptance: FloatArray | None
+
+
+def test_all(
+    evidence: Evidence,
+    losses: Sequence[Loss],
+    targets: Sequence[Target],
+    delta: float,
+    procedure: str,
+) -> Findings:
+    """Test every candidate once, on all evidence: the fixed-n test of the paper."""
+    sums, counts, pvalues_by_risk, bounds = [], [], [], []
+    for target in targets:
+        matrix, counted = evidence.of(target, losses)
+        if counted is not None and counted.ndim == 1:
+            matrix, counted = matrix[counted], None
+        if counted is None:
+            columns = [matrix]
+        else:  # each candidate has examples of its own
+            columns = [
+                column[mask][:, None] for column, mask in zip(matrix.T, counted.T, strict=True)
+            ]
+        pvalue = PVALUES[target.pvalue].from_losses
+        sums.append(np.concatenate([loss_sums(part) for part in columns]))
+        counts.append(np.concatenate([np.full(part.shape[1], len(part)) for part in columns]))
+        pvalues_by_risk.append(
+            np.concatenate(
+                [
+                    pvalue(part, target.risk.alpha) if len(part) else np.ones(part.shape[1])
+                    for part in columns
+                ]
+            )
+        )
+        bounds.append(
+            np.concatenate(
+                [
+                    upper_bound(part, delta, target.pvalue) if len(part) else np.ones(part.shape[1])
+                    for part in columns
+                ]
+            )
+        )
+    n, candidates = evidence.losses.shape[1:]
+    pvalues = np.max(pvalues_by_risk, axis=0)
+    test = resolve_procedure(procedure)
+    needs = {"order": np.arange(candidates)} if test.needs else {}
+    result = SequentialResult(
+        pvalues=pvalues,
+        rejected=test.test(pvalues, delta, **needs),
+        pvalues_by_risk=np.array(pvalues_by_risk),
+        sums=np.array(sums),
+        counts=np.array(counts),
+        seen=np.full(candidates, n),
+        evaluations=n * candidates,
+        saved=0.0,
+    )
+    rates = None if evidence.accepted is None else evidence.accepted.mean(axis=0)
+    return Findings(result, np.array(bounds), rates)
+
+
+def test_early(
+    evaluation: Evaluation,
+    data: Any,
+    targets: Sequence[Target],
+    plan: LookPlan,
+    procedure: str,
+    *,
+    batch_size: int | None,
+    order: Tensor | None,
+    progress: bool,
+) -> Findings:
+    """Test at the looks of a plan, evaluating only what is still in question."""
+    test = SequentialTest(
+        plan,
+        len(evaluation),
+        [RiskTarget(target.risk.alpha, target.pvalue) for target in targets],
+        procedure=procedure,
+    )
+    accepted = np.zeros(len(evaluation))
+    for batch in evaluation.stream(data, batch_size, order, progress):
+        begin, size = 0, batch_length(batch)
+        while begin < size and not test.finished:
+            end = min(size, begin + test.next_look - test.seen)
+            active = test.active
+            evidence = evaluation(slice_batch(batch, begin, end), active)
+            parts = [evidence.of(target, evaluation.losses) for target in targets]
+            if evidence.accepted is not None:
+                accepted[active] += evidence.accepted.sum(axis=0)
+            test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+            begin = end
+        if test.finished:
+            break
+    if not test.finished:
+        raise ValueError(
+            f"the last look is at {plan.n} examples, but the data ended after {test.seen}; looks "
+            "must end at the number of examples"
+        )
+    result = test.result()
+    bounds = np.array(
+        [_bounds_at_looks(result, r, target, plan) for r, target in enumerate(targets)]
+    )
+    rates = accepted / np.maximum(result.seen, 1) if evaluation.selective else None
+    return Findings(result, bounds, rates)
+
+
+def _bounds_at_looks(
+    result: SequentialResult, r: int, target: Target, plan: LookPlan
+) -> FloatArray:
+    """Upper confidence bounds of one target that hold although the levels chose when to stop.
+
+    At each look a bound at 1 - (what that look spends) holds; all of them together at 1 - delta.
+    The exact test rejects whenever such a bound is below alpha, and more; where it rejects, alpha
+    itself is a bound.
+    """
+    name = target.pvalue
+    spending = plan.spending
+    if PVALUES[name].from_sums is None:  # the wealth process keeps no sums to invert
+        name, spending = "convex", (plan.delta / len(plan.sizes),) * len(plan.sizes)
+    bounds = np.ones(len(result.seen))
+    for size, spent in zip(plan.sizes, spending, strict=True):
+        at = np.flatnonzero(result.seen == size)
+        if len(at) and spent > 0:
+            sums, counts = result.sums[r, at], result.counts[r, at]
+            bounds[at] = upper_bound_from_sums(sums, counts, spent, name)
+    rejected = result.pvalues_by_risk[r] <= plan.delta
+    return np.where(rejected, np.minimum(bounds, target.risk.alpha), bounds)
+
+
+def moved_batches(
+    model: nn.Module,
+    data: Any,
+    batch_size: int | None,
+    progress: bool,
+    title: str,
+    *,
+    order: Tensor | None = None,
+) -> Iterator[Any]:
+    """Batches on the model's device, with a progress bar that counts examples."""
+    device = next(model.parameters()).device
+    total = example_count(data) if order is None else len(order)
+    with tqdm(total=total, desc=title, unit="example", disable=not progress) as bar:
+        for batch in batches(data, batch_size, order):
+            yield move_batch(batch, device)
+            bar.update(batch_length(batch))
+
+
+def _check_values(
+    values: Tensor, loss: Loss, first: int, levels: Sequence[int], sparsities: Sequence[float]
+) -> None:
+    """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
+    wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
+    if loss.binary:
+        wrong |= (values != 0) & (values != 1)
+    if not wrong.any():
+        return
+    example, column = (int(index) for index in wrong.nonzero()[0])
+    value = float(values[example, column])
+    level = levels[column]
+    raise ValueError(
+        f"loss {loss.name!r} is {value:g} for example {first + example} at level {level} "
+        f"(sparsity {sparsities[level]:g}); losses must be "
+        + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
+        + ("" if value == value else ": the network's outputs are NaN there, or the loss is")
+    )
