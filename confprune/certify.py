@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss
 from confprune.risk.bounds import required_n
+from confprune.risk.control import conformal_risk_control, rcps
 from confprune.risk.inputs import FloatArray, IntArray
 from confprune.risk.looks import LookPlan, default_looks
 from confprune.risk.pvalues import PVALUES
@@ -295,14 +297,35 @@ class _Run:
 
     def control(self, levels: PruneLevels) -> Certificate:
         """The certificate of conformal risk control, or of monotone upper bounds."""
-        from confprune.risk.control import conformal_level, monotone_bounds
-
         question, risk = self.question, self.question.risks[0]
         evaluation = self.evaluation([(0, j) for j in range(len(levels))])
         evidence = evaluate_all(evaluation, self.data, order=self.order, **self.reading)
         matrix = evidence.losses[0]
         question.check_enough(len(matrix))
-        raise NotImplementedError((conformal_level, monotone_bounds, risk))
+        [target] = resolve_targets(question.risks, None, question.pvalue)
+        unknown = (math.nan,) * len(levels)
+        if question.guarantee == "expectation":
+            found = conformal_risk_control(matrix, risk.alpha)
+        else:
+            found = rcps(matrix, risk.alpha, question.delta, target.pvalue)
+        last = -1 if found.level is None else found.level
+        return Certificate(
+            sparsities=levels.sparsities,
+            alpha=risk.alpha,
+            delta=question.delta,
+            n=len(matrix),
+            loss=risk.loss.name,
+            pvalue=target.pvalue,
+            procedure=question.procedure,
+            risks=tuple(found.risks),
+            pvalues=unknown,
+            bounds=tuple(found.bounds),
+            rejected=tuple(j <= last for j in range(len(levels))),
+            pruning=pruning_of(self.model, levels),
+            seed=question.seed,
+            versions=versions(),
+            guarantee=question.guarantee,
+        )
 
     def _late_targets(self, labels: np.ndarray) -> list[Target]:
         """The targets where the groups could not be known before the data had been read."""

@@ -177,52 +177,51 @@ def test_all(
     procedure: str,
 ) -> Findings:
     """Test every candidate once, on all evidence: the fixed-n test of the paper."""
-    sums, counts, pvalues_by_risk, bounds = [], [], [], []
+    tests = []
     for target in targets:
         matrix, counted = evidence.of(target, losses)
         if counted is not None and counted.ndim == 1:
             matrix, counted = matrix[counted], None
         if counted is None:
-            columns = [matrix]
+            tests.append(_test_columns(matrix, target, delta))
         else:  # each candidate has examples of its own
             columns = [
-                column[mask][:, None] for column, mask in zip(matrix.T, counted.T, strict=True)
+                _test_columns(column[mask][:, None], target, delta)
+                for column, mask in zip(matrix.T, counted.T, strict=True)
             ]
-        pvalue = PVALUES[target.pvalue].from_losses
-        sums.append(np.concatenate([loss_sums(part) for part in columns]))
-        counts.append(np.concatenate([np.full(part.shape[1], len(part)) for part in columns]))
-        pvalues_by_risk.append(
-            np.concatenate(
-                [
-                    pvalue(part, target.risk.alpha) if len(part) else np.ones(part.shape[1])
-                    for part in columns
-                ]
-            )
-        )
-        bounds.append(
-            np.concatenate(
-                [
-                    upper_bound(part, delta, target.pvalue) if len(part) else np.ones(part.shape[1])
-                    for part in columns
-                ]
-            )
-        )
+            tests.append(np.concatenate(columns, axis=1))
+    sums, counts, pvalues_by_risk, bounds = np.stack(tests, axis=1)
     n, candidates = evidence.losses.shape[1:]
-    pvalues = np.max(pvalues_by_risk, axis=0)
+    pvalues = pvalues_by_risk.max(axis=0)
     test = resolve_procedure(procedure)
     needs = {"order": np.arange(candidates)} if test.needs else {}
     result = SequentialResult(
         pvalues=pvalues,
         rejected=test.test(pvalues, delta, **needs),
-        pvalues_by_risk=np.array(pvalues_by_risk),
-        sums=np.array(sums),
-        counts=np.array(counts),
+        pvalues_by_risk=pvalues_by_risk,
+        sums=sums,
+        counts=counts.astype(np.int64),
         seen=np.full(candidates, n),
         evaluations=n * candidates,
         saved=0.0,
     )
     rates = None if evidence.accepted is None else evidence.accepted.mean(axis=0)
-    return Findings(result, np.array(bounds), rates)
+    return Findings(result, bounds, rates)
+
+
+def _test_columns(matrix: NDArray[np.float32], target: Target, delta: float) -> FloatArray:
+    """Sums, counts, p-values and bounds of losses [m, A], as [4, A]."""
+    m, columns = matrix.shape
+    if m == 0:  # nothing counted: nothing known
+        return np.array([[0.0], [0.0], [1.0], [1.0]]).repeat(columns, axis=1)
+    return np.array(
+        [
+            loss_sums(matrix),
+            np.full(columns, m),
+            PVALUES[target.pvalue].from_losses(matrix, target.risk.alpha),
+            upper_bound(matrix, delta, target.pvalue),
+        ]
+    )
 
 
 def test_early(

@@ -108,7 +108,7 @@ def default_looks(n: int, alpha: float, delta: float, pvalue: str = "binomial") 
     Returns
     -------
     LookPlan
-        Sizes grow by a constant factor from about three times the smallest number of examples that
+        Sizes grow by a constant factor from about twice the smallest number of examples that
         can certify anything, up to n. With fewer examples, one look at n.
 
     Notes

@@ -1,0 +1,75 @@
+"""The slow, obvious reference of the grid forward: every level's masked network, run as it is."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import confprune
+from confprune import Loss, PruneLevels, Reference
+
+
+def _distance(outputs: Tensor, reference: Reference) -> Tensor:
+    """How far outputs are from the full network's, continuous so that nothing hides in an argmax."""
+    difference = (outputs - reference.outputs).flatten(1).float()
+    return difference.abs().tanh().mean(-1)
+
+
+DISTANCE = Loss("distance", _distance, vmappable=True)
+ANY = ""
+"""Takes any reason of a fallback, and none."""
+GRID = [0.0, 0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+
+
+def plain_outputs(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) -> Tensor:
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, dict):
+        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return model(batch[0] if isinstance(batch, tuple) else batch)
+
+
+def slow_losses(
+    model: nn.Module,
+    batches: Iterable[Any],
+    levels: PruneLevels,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
+    """The distance of every example at every level, [n, K]."""
+    model = copy.deepcopy(model).eval()
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            reference = Reference(plain_outputs(model, batch, forward))
+            columns = [
+                _distance(plain_outputs(levels.prune(model, j), batch, forward), reference)
+                for j in range(len(levels))
+            ]
+            rows.append(torch.stack(columns, dim=1))
+    return torch.cat(rows)
+
+
+def grid_losses(
+    model: nn.Module,
+    data: Any,
+    levels: PruneLevels,
+    *,
+    fallback: str | None = None,
+    **settings: Any,
+) -> Tensor:
+    """The same from `loss_matrix`; `fallback` is what its warning must say, None if it must not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses = confprune.loss_matrix(model, data, levels, DISTANCE, progress=False, **settings)
+    said = [str(w.message) for w in caught if "one by one" in str(w.message)]
+    if fallback is None:
+        assert not said, said
+    elif fallback != ANY:
+        assert len(said) == 1, said
+        assert fallback in said[0], said
+    return losses
