@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,7 +168,7 @@ def calibrate(
     *,
     loss: LossLike | None = None,
     alpha: float | None = None,
-    delta: float,
+    delta: float | None = None,
     risks: Sequence[Risk] | None = None,
     groups: Groups | None = None,
     accept: Accept | None = None,
@@ -220,7 +221,8 @@ def calibrate(
     parameters : names, or predicate (name, parameter) -> bool, optional
         Default: the weights of linear layers and convolutions.
     pvalue, procedure : str
-        As for `calibrate_losses`; "auto" goes by what the loss says of its values.
+        As for `calibrate_losses`; "auto" goes by what the loss says of its values, and is "betting"
+        where these are not 0 or 1 and there are early looks.
     looks : "auto", LookPlan, or None
         Early looks: levels whose fate is settled are not evaluated further. "auto" plans them where
         the examples can be permuted. None: one test on all examples, the paper's.
@@ -277,7 +279,7 @@ def calibrate(
     grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
     question = Question(
         risks=resolved,
-        delta=check_probability("delta", delta),
+        delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
         groups=groups,
         accept=None if accept is None else resolve_accept(accept),
         pvalue=pvalue,
@@ -344,6 +346,12 @@ def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
     if all(p.device == target for p in model.parameters()):
         return model
     return copy.deepcopy(model).to(target)
+
+
+def _needed_delta(delta: float | None) -> float:
+    if delta is None:
+        raise ValueError("give delta=, the largest probability of a false claim, such as delta=0.1")
+    return delta
 
 
 def _check_procedure(procedure: str) -> None:

@@ -23,8 +23,8 @@ from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss
 from confprune.risk.bounds import required_n
-from confprune.risk.control import conformal_risk_control, rcps
-from confprune.risk.inputs import FloatArray, IntArray
+from confprune.risk.control import conformal_risk_control, monotonise, rcps
+from confprune.risk.inputs import FloatArray, IntArray, check_probability, loss_sums
 from confprune.risk.looks import LookPlan, default_looks
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.testing import pareto_order, resolve_procedure
@@ -72,13 +72,15 @@ class Question:
                 raise ValueError(f"{name} {value!r} is unknown; choose from {list(valid)}")
         if not (self.looks is None or self.looks == "auto" or isinstance(self.looks, LookPlan)):
             raise ValueError(f"looks must be 'auto', a LookPlan or None, got {self.looks!r}")
+        if self.guarantee != "expectation":
+            check_probability("delta", self.delta)
         needs = resolve_procedure(self.procedure).needs
         if needs not in ((), ("order",)):
             raise ValueError(
                 f"procedure {self.procedure!r} needs {', '.join(needs)}: call "
                 f"confprune.risk.testing.{self.procedure} on the p-values of a loss matrix"
             )
-        targets = resolve_targets(self.risks, None, self.pvalue)
+        targets = resolve_targets(self.risks, None, self.pvalue, early=False)
         if self.guarantee != "risk":
             self._check_plain(ways)
         if isinstance(self.looks, LookPlan):
@@ -148,15 +150,19 @@ class Question:
         """Examples that order the candidates."""
         return int(ORDERING_SHARE * n)
 
-    def plan(self, n: int | None, targets: Sequence[Target], *, random: bool) -> LookPlan | None:
-        """The looks at n examples; None for one test on all of them."""
+    def looks_early(self, n: int | None, *, random: bool) -> bool:
+        """Whether to look early at n examples (None: not known) in random order."""
         if self.looks != "auto":
-            return self.looks  # type: ignore[return-value]
-        names = {target.pvalue for target in targets}
-        asymptotic = any(PVALUES[name].asymptotic for name in names)
-        if n is None or not random or asymptotic:
-            return None
-        exact = names <= {"binomial", "betting"}
+            return self.looks is not None
+        asymptotic = self.pvalue in PVALUES and PVALUES[self.pvalue].asymptotic
+        return n is not None and random and not asymptotic
+
+    def plan(self, n: int | None, targets: Sequence[Target]) -> LookPlan:
+        """The looks at n examples."""
+        if isinstance(self.looks, LookPlan):
+            return self.looks
+        assert n is not None
+        exact = {target.pvalue for target in targets} <= {"binomial", "betting"}
         return default_looks(n, self.alpha, self.delta, "binomial" if exact else "convex")
 
 
@@ -266,10 +272,11 @@ class _Run:
         """The certificate of the best candidate that passes."""
         question = self.question
         evaluation = self.evaluation(candidates)
-        targets = resolve_targets(question.risks, self.groups, question.pvalue)
         random = self.order is not None or question.order == "given"
         count = example_count(self.data) if self.order is None else len(self.order)
-        plan = question.plan(count, targets, random=random)
+        early = question.looks_early(count, random=random)
+        targets = resolve_targets(question.risks, self.groups, question.pvalue, early=early)
+        plan = question.plan(count, targets) if early else None
         if plan is not None and self.groups is None and question.groups is not None:
             raise ValueError(
                 "groups with looks need data that can be read twice; give a map-style Dataset, "
@@ -302,9 +309,10 @@ class _Run:
         evidence = evaluate_all(evaluation, self.data, order=self.order, **self.reading)
         matrix = evidence.losses[0]
         question.check_enough(len(matrix))
-        [target] = resolve_targets(question.risks, None, question.pvalue)
+        [target] = resolve_targets(question.risks, None, question.pvalue, early=False)
         unknown = (math.nan,) * len(levels)
-        if question.guarantee == "expectation":
+        expectation = question.guarantee == "expectation"
+        if expectation:
             found = conformal_risk_control(matrix, risk.alpha)
         else:
             found = rcps(matrix, risk.alpha, question.delta, target.pvalue)
@@ -316,8 +324,8 @@ class _Run:
             n=len(matrix),
             loss=risk.loss.name,
             pvalue=target.pvalue,
-            procedure=question.procedure,
-            risks=tuple(found.risks),
+            procedure="conformal_risk_control" if expectation else "rcps",
+            risks=tuple(loss_sums(monotonise(matrix)) / len(matrix)),
             pvalues=unknown,
             bounds=tuple(found.bounds),
             rejected=tuple(j <= last for j in range(len(levels))),
@@ -332,7 +340,8 @@ class _Run:
         sizes = Counter(labels.tolist())
         for group, size in sorted(sizes.items()):
             self.question.check_enough(size, group)
-        return resolve_targets(self.question.risks, sorted(sizes), self.question.pvalue)
+        pvalue = self.question.pvalue
+        return resolve_targets(self.question.risks, sorted(sizes), pvalue, early=False)
 
     def _certificate(
         self,

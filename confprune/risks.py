@@ -86,13 +86,18 @@ def resolve_risks(
 
 
 def resolve_targets(
-    risks: Sequence[Risk], groups: Sequence[str] | None, pvalue: str
+    risks: Sequence[Risk], groups: Sequence[str] | None, pvalue: str, *, early: bool
 ) -> list[Target]:
     """Every risk on every group, with the p-value of its loss.
 
-    ``"auto"`` is decided by what the loss says of itself, before any value has been seen.
+    ``"auto"`` is decided by what the loss says of itself, before any value has been seen: binomial
+    where it is 0 or 1; else betting with early looks, which it needs not pay for, and convex
+    without.
     """
-    chosen = {risk.loss.name: resolve_pvalue(pvalue, risk.loss.binary).name for risk in risks}
+    chosen = {}
+    for loss in (risk.loss for risk in risks):
+        name = "betting" if pvalue == "auto" and early and not loss.binary else pvalue
+        chosen[loss.name] = resolve_pvalue(name, loss.binary).name
     every: Sequence[str | None] = groups or [None]
     return [Target(risk, group, chosen[risk.loss.name]) for risk in risks for group in every]
 

@@ -15,7 +15,7 @@ from confprune import Loss, PruneLevels, Reference
 
 
 def _distance(outputs: Tensor, reference: Reference) -> Tensor:
-    """How far outputs are from the full network's, continuous so that nothing hides in an argmax."""
+    """How far outputs are from the full network's; continuous, so nothing hides in an argmax."""
     difference = (outputs - reference.outputs).flatten(1).float()
     return difference.abs().tanh().mean(-1)
 

@@ -43,7 +43,7 @@ class BettingProcess:
     levels : int
         K, the number of levels.
     n : float
-        Planned number of examples. It tunes the stakes; any other number may follow.
+        Planned number of examples, counted or not. It tunes the stakes; any other may follow.
     delta : float
         Error level the stakes are tuned for; the p-value is valid at every level.
 
@@ -65,7 +65,8 @@ class BettingProcess:
         self._alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), (levels,))
         self._cap = TRUNCATION / (1.0 - self._alpha)
         self._log_target = math.log(1.0 / delta)
-        self._planned = np.full(levels, max(float(n), 1.0))
+        self._planned = float(n)
+        self._seen = np.zeros(levels, dtype=np.int64)
         self._count = np.zeros(levels, dtype=np.int64)
         self._sum = np.zeros(levels)
         self._deviation = np.zeros(levels)
@@ -84,18 +85,6 @@ class BettingProcess:
     def variances(self) -> FloatArray:
         """Running variances of the losses [K], which tune the next stakes."""
         return (0.25 + self._deviation) / (1.0 + self._count)
-
-    def retune(self, n: ArrayLike, levels: ArrayLike) -> None:
-        """Plan for another number of examples, from the next bet on.
-
-        Parameters
-        ----------
-        n : array_like [A]
-            Examples planned for each of `levels`; must not depend on losses still to come.
-        levels : array_like of int [A]
-            Levels concerned.
-        """
-        self._planned[np.asarray(levels)] = n
 
     def update(
         self,
@@ -131,12 +120,17 @@ class BettingProcess:
         self, losses: FloatArray, columns: NDArray[np.int64], mask: NDArray[np.bool_] | None
     ) -> None:
         alpha = self._alpha[columns]
+        seen = self._seen[columns] + np.arange(1, len(losses) + 1)[:, None]
         if mask is None:
-            steps = self._count[columns] + np.arange(1, len(losses) + 1)[:, None]
+            earlier = self._count[columns] + np.arange(len(losses))[:, None]
+            steps = earlier + 1
             counted_losses = losses
         else:
             steps = self._count[columns] + np.cumsum(mask, axis=0)
+            earlier = steps - mask
             counted_losses = np.where(mask, losses, 0.0)
+        # Of the examples planned, so many will count if the share stays what it was before.
+        planned = self._planned * (earlier + 1) / seen
         sums = self._sum[columns] + np.cumsum(counted_losses, axis=0)
         means = (0.5 + sums) / (1.0 + steps)
         squares = (losses - means) ** 2
@@ -148,13 +142,14 @@ class BettingProcess:
         before = np.empty_like(variances)
         before[0] = (0.25 + self._deviation[columns]) / (1.0 + self._count[columns])
         before[1:] = variances[:-1]
-        scale = 2.0 * self._log_target / self._planned[columns]
-        stakes = np.minimum(np.sqrt(scale / before), self._cap[columns])
+        stakes = np.sqrt(2.0 * self._log_target / (planned * before))
+        stakes = np.minimum(stakes, self._cap[columns])
         gains = np.log1p(stakes * (alpha - losses))
         if mask is not None:
             gains *= mask
         wealth = self._log_wealth[columns] + np.cumsum(gains, axis=0)
 
+        self._seen[columns] = seen[-1]
         self._count[columns] = steps[-1]
         self._sum[columns] = sums[-1]
         self._deviation[columns] = deviations[-1]

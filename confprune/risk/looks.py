@@ -121,14 +121,14 @@ def default_looks(n: int, alpha: float, delta: float, pvalue: str = "binomial") 
     Examples
     --------
     >>> default_looks(1000, alpha=0.05, delta=0.1).sizes
-    (149, 177, 211, 251, 298, 354, 421, 501, 595, 708, 841, 1000)
+    (106, 125, 149, 177, 211, 250, 298, 354, 421, 500, 595, 708, 841, 1000)
     """
     exact = pvalue in ("binomial", "betting")
-    factor = 2.0**0.25 if exact else 2.0**0.5
+    doublings = 0.25 if exact else 0.5  # from one look to the next
     early = 0.7 if exact else 0.3
     smallest = 2 * required_n(alpha, delta)
-    steps = max(0, math.floor(math.log(n / smallest) / math.log(factor))) if n >= smallest else 0
-    sizes = sorted({math.ceil(n * factor**-step) for step in range(steps + 1)})
+    steps = math.floor(math.log2(n / smallest) / doublings) if n >= smallest else 0
+    sizes = sorted({math.ceil(n * 2.0 ** (-doublings * step)) for step in range(steps + 1)})
     before = len(sizes) - 1
     if before == 0:
         return LookPlan((n,), (delta,), delta)

@@ -62,13 +62,13 @@ class Simulation:
         safe = f"{reached.max():.3f}" if reached.size else "none"
         lines = [
             f"with {self.n} examples",
-            f"  expected certified sparsity   {self.expected_sparsity:.3f}",
-            f"  certified with probability {POWER:g} {safe}",
-            f"  losses to evaluate            {self.evaluated:.1%} of examples x levels",
+            f"  expected certified sparsity     {self.expected_sparsity:.3f}",
+            f"  certified with probability {POWER:g}  {safe}",
+            f"  losses to evaluate              {self.evaluated:.1%} of examples x levels",
         ]
         if self.wished is not None:
             need = "no number of examples" if self.needed_n is None else f"{self.needed_n} examples"
-            lines.append(f"  for sparsity {self.wished:.3f}            {need}")
+            lines.append(f"  for sparsity {self.wished:.3f}              {need}")
         return "\n".join(lines)
 
 
@@ -130,10 +130,10 @@ def simulate(
     >>> sparsities = np.linspace(0, 0.9, 10)
     >>> simulate(sparsities, 0.1 * sparsities**2, alpha=0.05, delta=0.1, n=1000, wished=0.6)
     with 1000 examples
-      expected certified sparsity   0.600
-      certified with probability 0.9 0.600
-      losses to evaluate            100.0% of examples x levels
-      for sparsity 0.600            483 examples
+      expected certified sparsity     0.588
+      certified with probability 0.9  0.500
+      losses to evaluate              100.0% of examples x levels
+      for sparsity 0.600              1417 examples
     """
     alpha = check_probability("alpha", alpha)
     delta = check_probability("delta", delta)
@@ -202,7 +202,8 @@ class _Source:
         """Losses [size, K] of new examples."""
         if self.pilot is None:
             return rng.random((size, 1)) < self.risks
-        return self.pilot[rng.integers(len(self.pilot), size=size)]
+        rows: NDArray[Any] = self.pilot[rng.integers(len(self.pilot), size=size)]
+        return rows
 
     def sums(self, size: int, rng: np.random.Generator) -> FloatArray:
         """Sums [K] of the losses of new examples, without drawing them one by one."""
@@ -211,8 +212,9 @@ class _Source:
             sums[self._order] = rng.multinomial(size, self._bins)[:-1].cumsum()
             return sums
         uniform = np.full(len(self.pilot), 1.0 / len(self.pilot))
-        sums = rng.multinomial(size, uniform) @ self.pilot.astype(np.float64)
-        return np.minimum(sums, size)  # Rounding must not lift a sum of ones above its number.
+        repeats = rng.multinomial(size, uniform).astype(np.float64)
+        # Rounding must not lift a sum of ones above its number.
+        return np.minimum(repeats @ self.pilot.astype(np.float64), size)
 
 
 def _at_once(

@@ -276,7 +276,6 @@ class SequentialTest:
             return
         pending = np.zeros(self._active.size, dtype=bool)
         doubtful, lost = pending.copy(), pending.copy()
-        share = self._seen / self._plan.n
         for tracker in self._trackers:
             # A risk that has been rejected stays so; its further losses do not matter.
             waiting = tracker.pvalues[self._active] > self._delta
@@ -287,7 +286,7 @@ class SequentialTest:
                 (self._plan.futility, doubtful),
                 (_LOST * self._plan.futility, lost),
             ):
-                limits = tracker.limits(self._active, share, self._reachable, chance)
+                limits = tracker.limits(self._active, self._seen, self._reachable, chance)
                 flags |= waiting & (sums > limits)
             pending |= waiting
         self._look += 1

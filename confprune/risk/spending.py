@@ -134,16 +134,21 @@ class SumTracker:
         Risk under test.
     levels : int
         K.
+    n : int
+        Number of examples at the last look.
     spending : array_like [L]
         Error spent at each look; their sum is the level of the whole test.
     """
 
-    def __init__(self, kind: PValue, alpha: float, levels: int, spending: ArrayLike) -> None:
+    def __init__(
+        self, kind: PValue, alpha: float, levels: int, n: int, spending: ArrayLike
+    ) -> None:
         self.sums = np.zeros(levels)
         self.counts = np.zeros(levels, dtype=np.int64)
         self.pvalues = np.ones(levels)
         self._kind = kind
         self._alpha = alpha
+        self._n = n
         self._spending = np.asarray(spending, dtype=np.float64)
         self._paths = [ErrorSpending(alpha)] * levels
 
@@ -174,9 +179,11 @@ class SumTracker:
     def _look_exactly(self, index: int, levels: IntArray) -> None:
         allowed = float(self._spending[: index + 1].sum())
         last = index == len(self._spending) - 1
+        # Levels with equal counts share a path; held here so that no id is used twice.
+        paths = [self._paths[level] for level in levels]
         advanced: dict[tuple[int, int], tuple[ErrorSpending, float, ErrorSpending]] = {}
-        for level in levels:
-            path, count = self._paths[level], int(self.counts[level])
+        for level, path in zip(levels, paths, strict=True):
+            count = int(self.counts[level])
             key = (id(path), count)
             if key not in advanced:
                 present = path.after(count)
@@ -186,10 +193,17 @@ class SumTracker:
                 self.pvalues[level] = present.pvalue(self.sums[level])
             self._paths[level] = remaining
 
-    def limits(self, levels: IntArray, share: float, delta: float, futility: float) -> FloatArray:
-        """Sums from which, but for a chance of `futility`, no path leads to a rejection."""
+    def limits(self, levels: IntArray, seen: int, delta: float, futility: float) -> FloatArray:
+        """Sums above which a rejection at level `delta` is beyond reach.
+
+        After `seen` examples in all. But for a chance of `futility`; 0: for certain, however many
+        of the remaining examples count.
+        """
         counts = self.counts[levels]
-        final = np.maximum(np.round(counts / share).astype(np.int64), counts)
+        if futility == 0.0:
+            most = counts + (self._n - seen)
+            return np.asarray(critical_sum(most, self._alpha, delta, self._kind.name))
+        final = np.maximum(np.round(counts * (self._n / seen)).astype(np.int64), counts)
         critical = np.asarray(critical_sum(final, self._alpha, delta, self._kind.name))
         critical = np.maximum(critical, 0.0)
         rate = critical / np.maximum(final, 1)
@@ -222,27 +236,24 @@ class BettingTracker:
         self.pvalues = np.ones(levels)
         self._alpha = alpha
         self._n = n
-        self._seen = np.zeros(levels, dtype=np.int64)
         self._process = BettingProcess(alpha, levels, n, delta)
 
     def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray) -> None:
         """Bet on losses [m, A] of the examples that count."""
         self.sums[levels] += np.where(counted, losses, 0).sum(axis=0, dtype=np.float64)
         self.counts[levels] += counted.sum(axis=0)
-        self._seen[levels] += len(losses)
-        # Which examples count may be known before betting on their losses; so may be their share.
-        planned = self._n * self.counts[levels] / np.maximum(self._seen[levels], 1)
-        self._process.retune(np.maximum(planned, 1.0), levels)
         self._process.update(losses, levels, None if counted.all() else counted)
 
     def look(self, index: int, levels: IntArray) -> None:
         """Read off the p-values; looking costs nothing."""
         self.pvalues[levels] = self._process.pvalues()[levels]
 
-    def limits(self, levels: IntArray, share: float, delta: float, futility: float) -> FloatArray:
-        """Sums from which, but for a chance of `futility`, no path leads to a rejection."""
+    def limits(self, levels: IntArray, seen: int, delta: float, futility: float) -> FloatArray:
+        """Sums above which a rejection is beyond reach; see `SumTracker.limits`."""
+        if futility == 0.0:
+            return np.full(levels.size, np.inf)
         counts = self.counts[levels]
-        final = np.maximum(counts / share, counts)
+        final = np.asarray(counts * (self._n / seen), dtype=np.float64)
         variance = self._process.variances()[levels]
         # Where the wealth of the plug-in bets reaches 1/delta, to first order.
         needed = _BETTING_COST * np.sqrt(2.0 * math.log(1.0 / delta) * final * variance)
@@ -260,11 +271,8 @@ def _bridge(
     """The upper `futility` quantile of the present sum, were the final one critical.
 
     Whatever the law of the losses, given their final sum the order is random: the present sum
-    is that of a sample without replacement, and here taken as normal. With futility 0 the
-    limit is `critical` itself.
+    is that of a sample without replacement, and here taken as normal.
     """
-    if futility == 0.0:
-        return critical
     share = counts / np.maximum(final, 1)
     spread = np.sqrt(variance * counts * (1.0 - share))
     limit = critical * share - special.ndtri(futility) * spread + 0.5
@@ -290,4 +298,4 @@ def make_tracker(name: str, alpha: float, levels: int, n: int, spending: FloatAr
         )
     if PVALUES[name].anytime:
         return BettingTracker(alpha, levels, n, float(spending.sum()))
-    return SumTracker(PVALUES[name], alpha, levels, spending)
+    return SumTracker(PVALUES[name], alpha, levels, n, spending)

@@ -67,15 +67,18 @@ def convex(total: float, n: int, alpha: float) -> mpmath.mpf:
     return best
 
 
-def betting(losses: np.ndarray, alpha: float, delta: float = 0.1, truncation: float = 0.9) -> float:
+def betting(losses: np.ndarray, alpha: float, counted: np.ndarray | None = None) -> float:
     """One level, one example at a time."""
     n = len(losses)
     wealth = peak = 1.0
     seen: list[float] = []
     squares = 0.0
-    for loss in losses:
+    for i, loss in enumerate(losses):
+        if counted is not None and not counted[i]:
+            continue
+        planned = n * (len(seen) + 1) / (i + 1)
         variance = (0.25 + squares) / (1 + len(seen))
-        stake = min(np.sqrt(2 * np.log(1 / delta) / (n * variance)), truncation / (1 - alpha))
+        stake = min(np.sqrt(2 * np.log(10) / (planned * variance)), 0.9 / (1 - alpha))
         wealth *= 1 - stake * (loss - alpha)
         peak = max(peak, wealth)
         seen.append(float(loss))
