@@ -59,15 +59,13 @@ $(DONE)/venv:
 	    || $(call stop,Python 3.10 or later is needed; this is $$('$(PYTHON)' --version 2>&1). Name another with PYTHON=)
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null \
 	    || $(call stop,this Python cannot make a virtual environment: apt install python3-venv)
-	@'$(PYTHON)' -c 'import os, sys, sysconfig as s; sys.exit(not os.path.isfile(s.get_path("include") + "/Python.h"))' \
-	    || $(call stop,the C headers of Python are needed: apt install python3-dev)
 	@echo 'int main() { if constexpr (true) return 0; }' \
 	    | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only - \
 	    || $(call stop,a C++17 compiler is needed: apt install g++; or name one in the variable CXX)
 	@echo 'confprune: making the environment $(VENV)'
 	@'$(PYTHON)' -m venv $(VENV) \
 	    || $(call stop,the environment $(VENV) could not be made; the reason is above)
-	@$(PIP) install --quiet 'pip>=23' 'setuptools>=77' wheel pybind11 ninja \
+	@$(PIP) install --quiet 'pip>=23' 'setuptools>=77' wheel ninja \
 	    || $(call stop,the build tools could not be installed; the reason is above)
 	@mkdir -p $(DONE) && touch $@
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,7 +29,7 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 def extension() -> Extension:
     """The one extension module. No -march: the instruction set is chosen at run time."""
-    module = CppExtension("confprune._C", SOURCES, depends=HEADERS)
+    module = CppExtension("confprune._C", SOURCES, depends=HEADERS, py_limited_api=True)
     torch_headers, module.include_dirs = module.include_dirs, [str(Path("csrc").resolve())]
     module.extra_compile_args = [
         "-std=c++17",
@@ -58,19 +57,19 @@ class Build(BuildExtension):  # type: ignore[misc]
         self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}")
 
     def run(self) -> None:
-        """Build, after a look whether the compiler and Python's headers are there."""
+        """Build, after a look whether a compiler is there."""
         compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
         if shutil.which(compiler) is None:
             raise SystemExit(
                 f"confprune: the C++17 compiler {compiler!r} was not found. Install one "
                 "(Debian, Ubuntu: apt install g++), or name it in the variable CXX."
             )
-        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-            raise SystemExit(
-                "confprune: the C headers of Python were not found. Install them "
-                "(Debian, Ubuntu: apt install python3-dev)."
-            )
         super().run()
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    # The library does not use Python, so one wheel serves every version.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -152,7 +152,7 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
     if isinstance(batch, tuple | list):
         if batch and not any(isinstance(v, Tensor | Mapping | tuple | list) for v in batch):
             return batch[begin:end]  # a plain column, such as a list of file names
-        return type(batch)(slice_batch(value, begin, end) for value in batch)
+        return _like(batch, [slice_batch(value, begin, end) for value in batch])
     return batch
 
 
@@ -162,7 +162,7 @@ def take(batch: Any, index: Tensor) -> Any:
         return batch[index.to(batch.device)]
     if isinstance(batch, Mapping):
         return {key: take(value, index) for key, value in batch.items()}
-    return type(batch)(take(value, index) for value in batch)
+    return _like(batch, [take(value, index) for value in batch])
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
@@ -172,7 +172,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: move_batch(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(move_batch(value, device) for value in batch)
+        return _like(batch, [move_batch(value, device) for value in batch])
     return batch
 
 
@@ -276,6 +276,11 @@ def _is_whole(data: Any) -> bool:
     if isinstance(data, Mapping):
         return bool(data) and all(isinstance(value, Tensor) for value in data.values())
     return isinstance(data, tuple) and bool(data) and all(isinstance(v, Tensor) for v in data)
+
+
+def _like(batch: Any, values: list[Any]) -> Any:
+    """A tuple, named or not, or a list, as `batch` is."""
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from confprune import certificate_file
-from confprune.evidence import Looks, Part, Pruning
+from confprune.consistency import check_consistent, is_of
+from confprune.evidence import Looks, Part, Pruning, closest, first_obstacle, plain_floats
 from confprune.fingerprint import difference, fingerprint
 from confprune.levels import prune_levels
-from confprune.losses import BUILT_IN, Loss, LossLike, resolve_loss
+from confprune.losses import LossLike
 from confprune.report import report
+from confprune.risks import Accept, Groups
+from confprune.verification import VerificationError, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-class VerificationError(ValueError):
-    """The pruned network's risk is not the one that the certificate states."""
+__all__ = ["Certificate", "Looks", "Part", "Pruning", "VerificationError"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +34,26 @@ class Certificate:
     """A statement about pruned networks that holds with probability at least 1 - delta.
 
     With at least this probability over the calibration set, the expected loss on new data of the
-    network pruned to `sparsity` is at most `alpha`. ``print(certificate)`` is the report. If
-    nothing could be certified, `certified` is False and `sparsity` is 0.
+    network pruned to `sparsity` is at most `alpha`; or what else `guarantee` says.
+    ``print(certificate)`` is the report. If nothing could be certified, `certified` is False and
+    `sparsity` is 0.
 
     Attributes
     ----------
     sparsities : tuple of float, length K
         The grid under test, strictly increasing.
-    alpha, delta : float
-        The largest acceptable risk, and the largest acceptable probability of a false claim.
+    alpha : float
+        The largest acceptable risk.
+    delta : float or None
+        The largest acceptable probability of a false claim; None where the guarantee is one in
+        expectation, which has no such probability.
     n : int
         Number of calibration examples.
     loss, pvalue, procedure : str
         Names of the loss, the p-value and the testing procedure.
     risks : tuple of float, length K
-        Mean loss of the examples at each level.
+        Mean loss of the examples at each level, NaN where it was not tested; of the monotonised
+        loss for the guarantees "expectation" and "monotone".
     pvalues : tuple of float, length K
         p-value of the hypothesis that the level's risk exceeds alpha.
     bounds : tuple of float, length K
@@ -94,7 +100,7 @@ class Certificate:
 
     sparsities: tuple[float, ...]
     alpha: float
-    delta: float
+    delta: float | None
     n: int
     loss: str
     pvalue: str
@@ -115,14 +121,19 @@ class Certificate:
 
     def __post_init__(self) -> None:
         # Plain Python values, whatever array library the caller's came from: they go into JSON.
-        for name in ("sparsities", "risks", "pvalues", "bounds"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for name in ("sparsities", "risks", "pvalues", "bounds", "acceptance"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, plain_floats(getattr(self, name)))
         object.__setattr__(self, "rejected", tuple(bool(value) for value in self.rejected))
         object.__setattr__(self, "notes", tuple(self.notes))
+        object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "n", int(self.n))
         object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "delta", float(self.delta))
-        _check_consistent(self)
+        if self.delta is not None:
+            object.__setattr__(self, "delta", float(self.delta))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", operator.index(self.seed))
+        check_consistent(self)
 
     @property
     def certified(self) -> bool:
@@ -149,11 +160,32 @@ class Certificate:
         """Upper confidence bound on the risk at the certified level, None without one."""
         return None if self.level is None else self.bounds[self.level]
 
+    @property
+    def tested(self) -> list[int]:
+        """Indices of the levels that were tested; all but with several ways of pruning."""
+        values = enumerate(zip(self.risks, self.pvalues, strict=True))
+        return [j for j, pair in values if not all(map(math.isnan, pair))]
+
+    @property
+    def obstacle(self) -> int | None:
+        """Index of the level that stopped the certificate: the first tested one beyond it."""
+        return first_obstacle(self.tested, self.rejected)
+
+    @property
+    def binding(self) -> Part | None:
+        """The part that stopped the next level, None where there is one risk on all examples."""
+        at = self.obstacle if self.obstacle is not None else self.level
+        order = [] if at is None else closest(self.parts, at)
+        return next((self.parts[p] for p in order if is_of(self, self.parts[p])), None)
+
     def __repr__(self) -> str:
         outcome = f"sparsity={self.sparsity:g}" if self.certified else "nothing certified"
+        what = f"loss={self.loss!r}, alpha={self.alpha:g}"
+        if self.binding is not None:
+            what = f"{len(self.parts)} risks, binding={self.binding.name!r}, alpha={self.alpha:g}"
+        chance = "in expectation" if self.delta is None else f"delta={self.delta:g}"
         return (
-            f"<Certificate: {outcome}, loss={self.loss!r}, alpha={self.alpha:g}, "
-            f"delta={self.delta:g}, n={self.n}, {len(self.sparsities)} levels>"
+            f"<Certificate: {outcome}, {what}, {chance}, n={self.n}, {len(self.sparsities)} levels>"
         )
 
     def __str__(self) -> str:
@@ -202,8 +234,7 @@ class Certificate:
         """
         try:
             fields, outcome = certificate_file.read(path)
-            pruning = fields.pop("pruning")
-            certificate = cls(pruning=None if pruning is None else Pruning(**pruning), **fields)
+            certificate = cls(**fields)
             for name, value in certificate._outcome().items():
                 if outcome[name] != value:
                     raise ValueError(f"{name} is {outcome[name]}, but the levels say {value}")
@@ -230,33 +261,29 @@ class Certificate:
             If the prunable weights are not those of the certificate (the difference is named),
             or the certificate was made from a bare loss matrix and does not know how to prune.
         """
-        pruning = self._pruning_for("prune")
-        self._check_same_weights(model)
+        self._check_same_weights(model, "prune")
         if not self.certified:
             warnings.warn(
                 "nothing was certified: the network is returned as an unpruned copy", stacklevel=2
             )
             return copy.deepcopy(model)
-        levels = prune_levels(
-            model,
-            [self.sparsity],
-            scope=pruning.scope,
-            criterion=pruning.criterion,
-            parameters=list(pruning.parameters),
-        )
-        return levels.prune(model, 0)
+        return self._pruned(model, self.sparsity)
 
     def verify(
         self,
         model: nn.Module,
         data: Any,
         *,
-        loss: LossLike | None = None,
+        loss: LossLike | Sequence[LossLike] | None = None,
+        groups: Groups | None = None,
+        accept: Accept | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> float:
-        """Prune, run the plain masked network through the calibration data, compare the risk.
+        """Prune, run the plain masked network through the calibration data, compare the risks.
+
+        After early looks on the examples that the certified level was tested on, and on no others.
 
         Parameters
         ----------
@@ -264,10 +291,10 @@ class Certificate:
             The network that was calibrated, not pruned.
         data : Dataset, DataLoader, tuple of tensors or iterable
             The calibration data, as given to `confprune.calibrate`.
-        loss : str, Loss or callable, optional
-            Needed only if the loss was a callable of your own.
-        forward : callable, optional
-            ``(model, batch) -> outputs``, as given to `confprune.calibrate`.
+        loss : str, Loss or callable, or several, optional
+            Needed only for losses that were callables of your own.
+        groups, accept, forward : optional
+            As given to `confprune.calibrate`.
         batch_size : int, optional
             Examples per batch.
         progress : bool
@@ -276,40 +303,31 @@ class Certificate:
         Returns
         -------
         float
-            The risk, computed again.
+            The risk, computed again; with several, that of the part that binds.
 
         Raises
         ------
         VerificationError
-            If the risk or the number of examples does not reproduce. Two examples, and a risk of
-            0.001 (0.01 for weights in 16 bits), may differ: near-ties fall either way in rounding.
+            If a risk, an acceptance rate or a number of examples does not reproduce. Two examples,
+            and a risk of 0.001 (0.01 for weights in 16 bits), may differ: near-ties fall either way
+            in rounding.
         ValueError
-            As for `prune`; if nothing was certified; if the loss is needed or is another one.
+            As for `prune`; if nothing was certified; if a loss, the groups or the acceptance rule
+            is needed or is another one.
         """
-        from confprune.calibration import plain_risk
-
-        pruning = self._pruning_for("verify")
-        if self.risk is None:
-            raise ValueError("nothing was certified: there is no risk to verify")
-        used = self._loss_to_verify(loss)
-        pruned = self.prune(model)
-        risk, n = plain_risk(
-            model, pruned, data, used, forward=forward, batch_size=batch_size, progress=progress
+        self._check_same_weights(model, "verify")
+        return verify(
+            self,
+            model,
+            lambda level: self._pruned(model, self.sparsities[level]),
+            data,
+            loss=loss,
+            groups=groups,
+            accept=accept,
+            forward=forward,
+            batch_size=batch_size,
+            progress=progress,
         )
-        if n != self.n:
-            raise VerificationError(
-                f"the certificate rests on {self.n} examples, the data has {n}: "
-                "give the data that was calibrated on"
-            )
-        dtypes = {entry["dtype"] for entry in pruning.fingerprint.values()}
-        tolerance = (1e-3 if dtypes <= {"float32", "float64"} else 1e-2) + 2 / n
-        # Not `>`, which a NaN would pass.
-        if not abs(risk - self.risk) <= tolerance:
-            raise VerificationError(
-                f"the certificate states a risk of {self.risk:.6g} at {self.sparsity:g} sparsity, "
-                f"the pruned network has {risk:.6g} on this data (tolerance {tolerance:.2g})"
-            )
-        return risk
 
     def plot(
         self,
@@ -334,46 +352,21 @@ class Certificate:
             )
         return self.pruning
 
-    def _check_same_weights(self, model: nn.Module) -> None:
+    def _pruned(self, model: nn.Module, sparsity: float) -> nn.Module:
         pruning = self._pruning_for("prune")
+        levels = prune_levels(
+            model,
+            [sparsity],
+            scope=pruning.scope,
+            criterion=pruning.criterion,
+            parameters=list(pruning.parameters),
+        )
+        return levels.prune(model, 0)
+
+    def _check_same_weights(self, model: nn.Module, verb: str) -> None:
+        pruning = self._pruning_for(verb)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {name: parameters[name] for name in pruning.parameters if name in parameters}
         differs = difference(pruning.fingerprint, fingerprint(found))
         if differs is not None:
             raise ValueError(f"the certificate is for another network: {differs}")
-
-    def _loss_to_verify(self, loss: LossLike | None) -> Loss:
-        if loss is None:
-            if self.loss not in BUILT_IN:
-                raise ValueError(f"the loss {self.loss!r} is not built in: pass it as loss=")
-            return BUILT_IN[self.loss]
-        resolved = resolve_loss(loss)
-        if resolved.name != self.loss:
-            raise ValueError(
-                f"the certificate is about the loss {self.loss!r}, not {resolved.name!r}"
-            )
-        return resolved
-
-
-def _check_consistent(certificate: Certificate) -> None:
-    """Refuse contradictory fields, naming the first."""
-    levels = len(certificate.sparsities)
-    if levels == 0:
-        raise ValueError("sparsities is empty")
-    for name in ("risks", "pvalues", "bounds", "rejected"):
-        values = getattr(certificate, name)
-        if len(values) != levels:
-            raise ValueError(f"{name} has {len(values)} values for {levels} sparsities")
-        # NaN stands for a value that was not measured.
-        outside = [value for value in values if not (0 <= value <= 1 or math.isnan(value))]
-        if outside:
-            raise ValueError(f"{name} has the value {outside[0]}, outside [0, 1]")
-    grid = certificate.sparsities
-    increasing = all(a < b for a, b in itertools.pairwise(grid))
-    if not (increasing and grid[0] >= 0 and grid[-1] < 1):
-        raise ValueError("sparsities must be strictly increasing, in [0, 1)")
-    for name in ("alpha", "delta"):
-        if not 0 < getattr(certificate, name) < 1:
-            raise ValueError(f"{name} is {getattr(certificate, name)}, outside (0, 1)")
-    if certificate.n < 1:
-        raise ValueError(f"n is {certificate.n}, fewer than one example")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from confprune.evidence import Looks, Part, Pruning
 from confprune.files import written_whole
 
 SCHEMA = "confprune-certificate/1"
@@ -25,14 +26,11 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any], outcome: dict[st
     path : path
         The file to write, in a folder that exists.
     fields : dict
-        The fields of the dataclass; NaN among the values per level becomes null.
+        The fields of the dataclass; NaN becomes null.
     outcome : dict
         ``certified``, ``level`` and ``sparsity``, which follow from the fields.
     """
-    content = {"schema": SCHEMA, **outcome, **fields}
-    for name, parse in _FIELDS.items():
-        if parse is _values:
-            content[name] = [None if math.isnan(value) else value for value in fields[name]]
+    content = _nan_to_null({"schema": SCHEMA, **outcome, **fields})
     # Python writes the shortest decimals that read back as the same float.
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with written_whole(path) as temporary:
@@ -50,7 +48,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns
     -------
     (fields, outcome)
-        As given to `write`.
+        The arguments of the certificate, and what was given to `write`.
 
     Raises
     ------
@@ -71,6 +69,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"its schema is {schema!r}, this version reads {SCHEMA!r}")
     fields = _parse_object(content, {**_OUTCOME, **_FIELDS})
     return fields, {name: fields.pop(name) for name in _OUTCOME}
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nan_to_null(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_null(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _refuse_constant(token: str) -> float:
@@ -163,7 +169,33 @@ def _pruning(value: Any) -> Any:
         "fingerprint": _map_of(_fingerprint_entry),
         "total": _integer,
     }
-    return _parse_object(value, fields, "pruning.")
+    return Pruning(**_parse_object(value, fields, "pruning."))
+
+
+def _part(value: Any) -> Any:
+    fields = {
+        "loss": _text,
+        "pvalue": _text,
+        "alpha": _number,
+        "group": _or_null(_text),
+        "counts": _list_of(_integer),
+        "risks": _values,
+        "pvalues": _values,
+        "bounds": _values,
+    }
+    return Part(**_parse_object(value, fields, "parts."))
+
+
+def _looks(value: Any) -> Any:
+    fields = {
+        "sizes": _list_of(_integer),
+        "spending": _list_of(_number),
+        "seen": _list_of(_integer),
+        "evaluations": _integer,
+        "saved": _number,
+        "order": _text,
+    }
+    return Looks(**_parse_object(value, fields, "looks."))
 
 
 _OUTCOME: dict[str, Callable[[Any], Any]] = {
@@ -175,7 +207,7 @@ _OUTCOME: dict[str, Callable[[Any], Any]] = {
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "sparsities": _list_of(_number),
     "alpha": _number,
-    "delta": _number,
+    "delta": _or_null(_number),
     "n": _integer,
     "loss": _text,
     "pvalue": _text,
@@ -188,4 +220,9 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "seed": _or_null(_integer),
     "notes": _list_of(_text),
     "versions": _map_of(_text),
+    "guarantee": _text,
+    "parts": _list_of(_part),
+    "looks": _or_null(_looks),
+    "accept": _or_null(_text),
+    "acceptance": _or_null(_values),
 }

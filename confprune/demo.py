@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +101,7 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, not a folder")
     training, calibration, test = _digits(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = _trained(DigitNet(), training, epochs, progress)
 
@@ -153,6 +155,20 @@ def _digits(seed: int) -> tuple[Examples, Examples, Examples]:
         Examples(images[first:second], labels[first:second]),
         Examples(images[second:], labels[second:]),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: the batches are too small for more, which on a busy machine only wait.
+
+    The trained network then does not depend on the number of cores either.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _trained(model: nn.Module, examples: Examples, epochs: int, progress: bool) -> nn.Module:

@@ -6,7 +6,8 @@ of an example are its losses at the candidates, its group, and where its predict
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +92,19 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self._candidates)
 
+    @contextmanager
     def stream(
         self, data: Any, batch_size: int | None, order: Tensor | None, progress: bool
-    ) -> Iterator[Any]:
-        """The batches of `data` on the model's device, the model in evaluation mode."""
-        with evaluation_mode(self._model):
-            yield from moved_batches(
-                self._model, data, batch_size, progress, "calibrate", order=order
-            )
+    ) -> Iterator[Iterator[Any]]:
+        """The batches of `data` on the model's device; within, the model is in evaluation mode."""
+        # No generator may hold the mode: an exception would leave it to the garbage collector.
+        with (
+            evaluation_mode(self._model),
+            closing(
+                moved_batches(self._model, data, batch_size, progress, "calibrate", order=order)
+            ) as stream,
+        ):
+            yield stream
 
     def __call__(self, batch: Any, active: IntArray) -> Evidence:
         """Evaluate the candidates at `active` [A] on the next examples.
@@ -139,9 +145,8 @@ def evaluate_all(
 ) -> Evidence:
     """The evidence of all examples on all candidates."""
     active = np.arange(len(evaluation))
-    parts = [
-        evaluation(batch, active) for batch in evaluation.stream(data, batch_size, order, progress)
-    ]
+    with evaluation.stream(data, batch_size, order, progress) as stream:
+        parts = [evaluation(batch, active) for batch in stream]
     accepted = [part.accepted for part in parts if part.accepted is not None]
     labels = [part.labels for part in parts if part.labels is not None]
     return Evidence(
@@ -243,19 +248,20 @@ def test_early(
         procedure=procedure,
     )
     accepted = np.zeros(len(evaluation))
-    for batch in evaluation.stream(data, batch_size, order, progress):
-        begin, size = 0, batch_length(batch)
-        while begin < size and not test.finished:
-            end = min(size, begin + test.next_look - test.seen)
-            active = test.active
-            evidence = evaluation(slice_batch(batch, begin, end), active)
-            parts = [evidence.of(target, evaluation.losses) for target in targets]
-            if evidence.accepted is not None:
-                accepted[active] += evidence.accepted.sum(axis=0)
-            test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
-            begin = end
-        if test.finished:
-            break
+    with evaluation.stream(data, batch_size, order, progress) as stream:
+        for batch in stream:
+            begin, size = 0, batch_length(batch)
+            while begin < size and not test.finished:
+                end = min(size, begin + test.next_look - test.seen)
+                active = test.active
+                evidence = evaluation(slice_batch(batch, begin, end), active)
+                parts = [evidence.of(target, evaluation.losses) for target in targets]
+                if evidence.accepted is not None:
+                    accepted[active] += evidence.accepted.sum(axis=0)
+                test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+                begin = end
+            if test.finished:
+                break
     if not test.finished:
         raise ValueError(
             f"the last look is at {plan.n} examples, but the data ended after {test.seen}; looks "
@@ -300,7 +306,7 @@ def moved_batches(
     title: str,
     *,
     order: Tensor | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Batches on the model's device, with a progress bar that counts examples."""
     device = next(model.parameters()).device
     total = example_count(data) if order is None else len(order)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+ORDERS = ("permuted", "given")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,22 @@ class Part:
     pvalues: tuple[float, ...]
     bounds: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "counts", tuple(int(count) for count in self.counts))
+        levels = len(self.counts)
+        where = f"part {self.name!r}: "
+        for name in ("risks", "pvalues", "bounds"):
+            values = plain_floats(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(values) != levels:
+                raise ValueError(f"{where}{name} has {len(values)} values for {levels} counts")
+            check_unit(where + name, values)
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"{where}alpha is {self.alpha}, outside (0, 1)")
+        if min(self.counts, default=0) < 0:
+            raise ValueError(f"{where}counts has the value {min(self.counts)}, below 0")
+
     @property
     def name(self) -> str:
         """The loss, and its group if it has one."""
@@ -78,13 +98,13 @@ class Looks:
     Attributes
     ----------
     sizes : tuple of int
-        Numbers of examples at the looks.
+        Numbers of examples at the looks; the last is all of them.
     spending : tuple of float
         The part of delta spent at each.
     seen : tuple of int, length K
-        Examples on which each level was evaluated.
+        Examples on which each level was evaluated: the first so many in the order of testing.
     evaluations : int
-        Pairs (example, level) evaluated.
+        Pairs (example, candidate) evaluated, those of other ways of pruning included.
     saved : float
         Share of all pairs that was not needed.
     order : str
@@ -97,3 +117,86 @@ class Looks:
     evaluations: int
     saved: float
     order: str
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "seen"):
+            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        object.__setattr__(self, "spending", plain_floats(self.spending))
+        object.__setattr__(self, "evaluations", int(self.evaluations))
+        object.__setattr__(self, "saved", float(self.saved))
+        sizes = self.sizes
+        if not sizes or sizes[0] < 1 or any(b <= a for a, b in itertools.pairwise(sizes)):
+            raise ValueError(f"looks: sizes must increase from at least 1, got {list(sizes)}")
+        if len(self.spending) != len(sizes):
+            raise ValueError(
+                f"looks: {len(self.spending)} values of spending for {len(sizes)} sizes"
+            )
+        check_unit("looks: spending", self.spending)
+        if not all(0 <= count <= sizes[-1] for count in self.seen):
+            raise ValueError(f"looks: seen must lie between 0 and {sizes[-1]}, the last size")
+        if self.evaluations < sum(self.seen):
+            raise ValueError(
+                f"looks: evaluations is {self.evaluations}, fewer than the {sum(self.seen)} seen"
+            )
+        if not 0 <= self.saved <= 1:
+            raise ValueError(f"looks: saved is {self.saved}, outside [0, 1]")
+        if self.order not in ORDERS:
+            raise ValueError(f"looks: order is {self.order!r}, not one of {list(ORDERS)}")
+
+
+def closest(parts: Sequence[Part], level: int) -> list[int]:
+    """The parts from the closest to its alpha at a level to the furthest.
+
+    That is from the largest p-value to the smallest. Risks that were given up early share the
+    p-value 1: how many standard deviations the risk is above alpha tells them apart.
+
+    Examples
+    --------
+    >>> common = Part("harm", "binomial", 0.1, "common", (900,), (0.04,), (0.001,), (0.05,))
+    >>> rare = Part("harm", "binomial", 0.1, "rare", (60,), (0.09,), (0.45,), (0.16,))
+    >>> closest([common, rare], level=0)
+    [1, 0]
+    """
+
+    def closeness(index: int) -> tuple[float, float]:
+        part = parts[index]
+        pvalue, count, alpha = part.pvalues[level], part.counts[level], part.alpha
+        excess = part.risks[level] - alpha if count else 0.0
+        return pvalue, excess * math.sqrt(count / (alpha * (1 - alpha)))
+
+    return sorted(range(len(parts)), key=closeness, reverse=True)
+
+
+def binding_part(parts: Sequence[Part], rejected: Sequence[bool]) -> int:
+    """The part that stopped the first tested level beyond the sparsest certified one.
+
+    Where the grid ends before any level fails: the part that came closest at the last one tested.
+
+    Examples
+    --------
+    >>> common = Part("harm", "binomial", 0.1, "common", (900,), (0.04,), (0.001,), (0.05,))
+    >>> rare = Part("harm", "binomial", 0.1, "rare", (60,), (0.09,), (0.45,), (0.16,))
+    >>> binding_part([common, rare], rejected=[False])
+    1
+    """
+    tested = [j for j in range(len(rejected)) if not math.isnan(parts[0].pvalues[j])]
+    obstacle = first_obstacle(tested, rejected)
+    return closest(parts, tested[-1] if obstacle is None else obstacle)[0]
+
+
+def first_obstacle(tested: Sequence[int], rejected: Sequence[bool]) -> int | None:
+    """The first tested level beyond the sparsest rejected one, None if there is none."""
+    last = max((j for j in tested if rejected[j]), default=-1)
+    return next((j for j in tested if j > last), None)
+
+
+def plain_floats(values: Iterable[Any]) -> tuple[float, ...]:
+    """Values as plain floats, every NaN the same object, so that equal tuples compare equal."""
+    return tuple(math.nan if value != value else float(value) for value in values)
+
+
+def check_unit(name: str, values: Iterable[float]) -> None:
+    """Raise ValueError for a value outside [0, 1]; NaN stands for one that was not measured."""
+    for value in values:
+        if not (0 <= value <= 1 or math.isnan(value)):
+            raise ValueError(f"{name} has the value {value}, outside [0, 1]")

@@ -55,7 +55,7 @@ class Layer:
         return self._rows[shared, transposed]
 
     def takes(self, x: Any) -> bool:
-        """Whether the grid operators can multiply `x` with this weight."""
+        """Whether the grid operators can multiply `x` with this weight, as torch would."""
         return (
             isinstance(x, Tensor)
             and x.device.type == "cpu"
@@ -63,6 +63,7 @@ class Layer:
             and x.dtype == self.weight.dtype
             and self.weight.numel() > 0
             and x.numel() > 0
+            and not torch.is_autocast_enabled("cpu")
         )
 
 

@@ -17,14 +17,19 @@ level becomes one call with all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from confprune import _C
+# A plain library, not a Python module: it needs no C headers of Python, and serves every version.
+torch.ops.load_library(str(Path(__file__).with_name("_C.so")))
 
-instruction_set = _C.instruction_set
+
+def instruction_set() -> str:
+    """Name what the grid product runs on: "avx512", "avx2" or "baseline"."""
+    return str(torch.ops.confprune.instruction_set())
 
 
 @torch.library.register_fake("confprune::magnitude_histogram")  # type: ignore[untyped-decorator]

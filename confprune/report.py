@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from confprune.risk.pvalues import PVALUES
+from confprune.advice import advice
+from confprune.evidence import closest
+from confprune.promise import (
+    asymptotic,
+    enumeration,
+    part_text,
+    promise,
+    pvalue_names,
+    sparsity_text,
+    title,
+)
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 WIDTH = 88
 LEVELS_AROUND = 3
-MOST_EXAMPLES = 10_000_000
-
-_MEANING = {
-    "disagreement": "disagreement with the full network",
-    "error": "error rate",
-    "harm": "rate of errors where the full network is right",
-    "soft_disagreement": "soft disagreement with the full network",
-    "dice": "Dice loss",
-    "iou": "IoU loss",
-    "false_negative_rate": "false negative rate",
-    "pixel_disagreement": "share of wrong pixels",
-    "token_disagreement": "share of tokens unlike the full network's",
-    "losses": "loss",
-    "cosine": "cosine loss against the full network's embeddings",
-}
+MOST_PARTS = 12
+"""Parts that are all listed; of more, only the `CLOSEST_PARTS` closest to their alpha."""
+CLOSEST_PARTS = 8
+MOST_LOOKS = 6
+LONGEST_NAME = 32
 
 
 def report(certificate: Certificate) -> str:
@@ -56,67 +54,27 @@ def report(certificate: Certificate) -> str:
     <BLANKLINE>
     With probability at least 90 %, ...
     """
-    title = "Nothing is certified: the network stays as it is"
-    if certificate.certified:
-        title = f"Certified: {sparsity_text(certificate, certificate.sparsity)} sparsity"
-    paragraphs = [_wrap(promise(certificate)), _wrap(_foundation(certificate)), _table(certificate)]
+    paragraphs = [
+        title(certificate),
+        _wrap(promise(certificate)),
+        _wrap(_foundation(certificate)),
+    ]
+    if certificate.looks is not None:
+        paragraphs.append(_wrap(_early_looks(certificate)))
+    paragraphs.append(_levels(certificate))
+    if len(certificate.parts) > 1:
+        paragraphs += [
+            _parts(certificate, level)
+            for level in (certificate.level, certificate.obstacle)
+            if level is not None
+        ]
     if certificate.sparsity == 0:
-        paragraphs.append(_wrap(_advice(certificate)))
+        paragraphs.append(_wrap(advice(certificate)))
     paragraphs += [_wrap(f"Note: {note}") for note in certificate.notes]
     if certificate.versions:
         versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
         paragraphs.append(f"Made with {versions}.")
-    return "\n\n".join([title, *paragraphs])
-
-
-def promise(certificate: Certificate) -> str:
-    """Say in one sentence what may be claimed.
-
-    Parameters
-    ----------
-    certificate : Certificate
-
-    Returns
-    -------
-    str
-    """
-    meaning = loss_text(certificate)
-    if not certificate.certified:
-        return (
-            f"No level of the grid could be shown to have an expected {meaning} of at most "
-            f"{certificate.alpha:g} on new data, with probability at least "
-            f"{_percent(1 - certificate.delta)}."
-        )
-    start = "Asymptotically, with" if _asymptotic(certificate) else "With"
-    return (
-        f"{start} probability at least {_percent(1 - certificate.delta)}, the network pruned to "
-        f"{sparsity_text(certificate, certificate.sparsity)} sparsity has, on new data, an "
-        f"expected {meaning} of at most {certificate.alpha:g}."
-    )
-
-
-def loss_text(certificate: Certificate) -> str:
-    """Name a certificate's loss as in "an expected ..."."""
-    return _MEANING.get(certificate.loss, f"loss {certificate.loss!r}")
-
-
-def sparsity_text(certificate: Certificate, sparsity: float) -> str:
-    """Write a sparsity in percent, with the decimals that tell this grid's levels apart."""
-    percents = [100 * value for value in certificate.sparsities]
-    step = min((b - a for a, b in itertools.pairwise(percents)), default=100)
-    decimals = 1
-    while decimals < 6 and any(abs(round(p, decimals) - p) > 0.02 * step for p in percents):
-        decimals += 1
-    return f"{100 * sparsity:.{decimals}f} %"
-
-
-def _asymptotic(certificate: Certificate) -> bool:
-    kind = PVALUES.get(certificate.pvalue)
-    return kind is not None and kind.asymptotic
-
-
-def _percent(probability: float) -> str:
-    return f"{100 * probability:.6g} %"
+    return "\n\n".join(paragraphs)
 
 
 def _wrap(text: str) -> str:
@@ -124,118 +82,153 @@ def _wrap(text: str) -> str:
 
 
 def _foundation(certificate: Certificate) -> str:
-    kind = "asymptotic" if _asymptotic(certificate) else "finite-sample, distribution-free"
-    levels = len(certificate.sparsities)
     text = (
         f"This rests on {certificate.n:,} independent examples of the same distribution as the "
-        f"new data, {certificate.pvalue} p-values ({kind}) and {certificate.procedure} testing of "
-        f"{levels} level{'' if levels == 1 else 's'}."
+        f"new data, {_method(certificate)}."
     )
+    level = certificate.level
+    if level is not None and certificate.acceptance is not None:
+        text += (
+            f" At {sparsity_text(certificate, certificate.sparsity)} sparsity "
+            f"{100 * certificate.acceptance[level]:.1f} % of the predictions were accepted."
+        )
     pruning = certificate.pruning
     if pruning is not None:
         text += (
             f" Pruned are the {pruning.total:,} weights of {len(pruning.parameters)} parameters "
             f"(scope {pruning.scope}, criterion {pruning.criterion})."
         )
-    if _asymptotic(certificate):
+    if asymptotic(certificate):
         text += " For small samples the true probability may be lower than stated."
     return text
 
 
-def _table(certificate: Certificate) -> str:
-    """The levels around the border between certified and not."""
-    border = -1 if certificate.level is None else certificate.level
-    first = max(0, border - LEVELS_AROUND)
-    last = min(len(certificate.sparsities), border + LEVELS_AROUND + 1)
-    lines = [f"  {'sparsity':>10} {'risk':>9} {'bound':>9} {'p-value':>9}"]
-    for j in range(first, last):
-        marker = ">" if j == border else " "
-        lines.append(
-            f"{marker} {sparsity_text(certificate, certificate.sparsities[j]):>10}"
-            f" {_value(certificate.risks[j], '.4f')} {_value(certificate.bounds[j], '.4f')}"
-            f" {_value(certificate.pvalues[j], '.2g')}"
-            f"   {'certified' if certificate.rejected[j] else 'not certified'}"
+def _method(certificate: Certificate) -> str:
+    """What was computed, with the kind of guarantee that it gives."""
+    kind = "asymptotic" if asymptotic(certificate) else "finite-sample, distribution-free"
+    count, tested = len(certificate.sparsities), len(certificate.tested)
+    levels = f"{count} level{'' if count == 1 else 's'}"
+    if tested < count:
+        levels = f"{tested} of {levels}"
+    if certificate.guarantee == "expectation":
+        return f"and conformal risk control (finite-sample, distribution-free) over {levels}"
+    names = enumeration(pvalue_names(certificate))
+    if certificate.guarantee == "monotone":
+        return (
+            f"and upper confidence bounds on the monotonised risk of {levels}, from {names} "
+            f"p-values ({kind})"
         )
-    return "\n".join(lines)
+    return f"{names} p-values ({kind}) and {certificate.procedure} testing of {levels}"
 
 
-def _value(value: float, form: str) -> str:
-    return f"{'-' if math.isnan(value) else format(value, form):>9}"
-
-
-def _advice(certificate: Certificate) -> str:
-    """What would let the first level that is not certified pass."""
-    level = _first_obstacle(certificate)
-    if level is None:
-        return "What would help: sparsities above 0 in the grid."
-    sparsity = sparsity_text(certificate, certificate.sparsities[level])
-    risk, alpha = certificate.risks[level], certificate.alpha
-    options, caveat = [], ""
-    if risk < alpha:
-        needed = _examples_needed(certificate, level)
-        number = f"about {needed:,}" if needed else f"more than {MOST_EXAMPLES:,}"
-        options.append(
-            f"{number} examples, if the risk at {sparsity} sparsity stays at the {risk:.4g} seen "
-            "on these"
-        )
+def _early_looks(certificate: Certificate) -> str:
+    looks = certificate.looks
+    assert looks is not None
+    sizes = [f"{size:,}" for size in looks.sizes]
+    if len(sizes) > MOST_LOOKS:
+        sizes = [*sizes[:3], "...", sizes[-1]]
+        at = f"{', '.join(sizes)} examples ({len(looks.sizes)} looks)"
     else:
-        caveat = (
-            f" More examples would not help: the risk on these at {sparsity} sparsity is "
-            f"{risk:.4g}, not below alpha."
-        )
-        if certificate.sparsities[level] > 0:
-            options.append("lower sparsities in the grid")
-    options.append("a larger alpha" + _reachable(certificate, level))
-    helpful = "; or ".join(options)
-    return f"What would help: {helpful}.{caveat} Choose them before drawing the next examples."
+        at = f"{enumeration(sizes)} examples"
+    order = f"a random order (seed {certificate.seed})"
+    if looks.order == "given":
+        order = "the order given"
+    return (
+        f"The levels were tested at {at}, in {order}, each only until it was settled: that saved "
+        f"{100 * looks.saved:.1f} % of the evaluations."
+    )
 
 
-def _reachable(certificate: Certificate, level: int) -> str:
-    """The smallest alpha that the level could have passed, where the bounds tell it."""
-    bound = max(certificate.bounds[: level + 1])
-    # A bound at 1 - delta answers to a test at delta only.
-    if _significance(certificate) != certificate.delta or not bound < 1:
-        return ""
-    # Rounded up, because a smaller alpha would not do.
-    smallest = math.ceil(bound * 1e4) / 1e4
-    return f", {smallest:g} or more with examples like these"
+def _levels(certificate: Certificate) -> str:
+    """The tested levels around the border between certified and not."""
+    tested, level = certificate.tested, certificate.level
+    border = -1 if level is None else tested.index(level)
+    shown = tested[max(0, border - LEVELS_AROUND) : border + LEVELS_AROUND + 1]
+    columns = {
+        "sparsity": [sparsity_text(certificate, certificate.sparsities[j]) for j in shown],
+        "examples": _seen(certificate, shown),
+        "accepted": _percents(certificate.acceptance, shown),
+        "risk": _numbers(certificate.risks, shown, ".4f"),
+        "bound": _numbers(certificate.bounds, shown, ".4f"),
+        "p-value": _numbers(certificate.pvalues, shown, ".2g"),
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) - {"-"}}
+    verdicts = ["certified" if certificate.rejected[j] else "not certified" for j in shown]
+    table = _table(columns, [j == level for j in shown], verdicts)
+    if certificate.binding is None:
+        return table
+    return _wrap(f"Risk and bound are of what binds, {certificate.binding.name!r}:") + f"\n{table}"
 
 
-def _first_obstacle(certificate: Certificate) -> int | None:
-    for j, rejected in enumerate(certificate.rejected):
-        if not rejected:
-            return j
-    return None
+def _parts(certificate: Certificate, level: int) -> str:
+    """Each risk and group at one level."""
+    order = closest(certificate.parts, level)
+    binding = next(p for p in order if certificate.parts[p] is certificate.binding)
+    shown, more = sorted(order), 0
+    if len(order) > MOST_PARTS:
+        shown = order[:CLOSEST_PARTS]
+        if binding not in shown:
+            shown[-1] = binding
+        more = len(order) - CLOSEST_PARTS
+    parts = [certificate.parts[p] for p in shown]
+    columns = {
+        "alpha": [f"{part.alpha:g}" for part in parts],
+        "examples": [f"{part.counts[level]:,}" for part in parts],
+        "risk": [_number(part.risks[level], ".4f") for part in parts],
+        "bound": [_number(part.bounds[level], ".4f") for part in parts],
+        "p-value": [_number(part.pvalues[level], ".2g") for part in parts],
+    }
+    names = [_short(part_text(certificate, part)) for part in parts]
+    columns = {_kind(certificate): names, **columns}
+    marks = [p == binding for p in shown]
+    table = _table(columns, marks, ["binds" if mark else "" for mark in marks])
+    verdict = "certified" if certificate.rejected[level] else "not certified"
+    sparsity = sparsity_text(certificate, certificate.sparsities[level])
+    text = f"At {sparsity} sparsity, {verdict}:\n{table}"
+    if more:
+        text += f"\n  and {more:,} more, further from their alpha"
+    return text
 
 
-def _significance(certificate: Certificate) -> float:
-    """The significance at which the procedure tests its first hypothesis."""
-    if certificate.procedure == "fixed_sequence":
-        return certificate.delta
-    return certificate.delta / len(certificate.sparsities)
+def _kind(certificate: Certificate) -> str:
+    """What tells the parts apart, as the head of their column."""
+    groups = any(part.group is not None for part in certificate.parts)
+    losses = len({part.loss for part in certificate.parts}) > 1
+    return ("loss and group" if losses else "group") if groups else "loss"
 
 
-def _examples_needed(certificate: Certificate, level: int) -> int | None:
-    """Smallest n, about, whose p-value at the same mean loss suffices; None if beyond reason."""
-    kind = PVALUES.get(certificate.pvalue)
-    # For a p-value that needs more than the sums, the strongest of those that do not stands in.
-    from_sums = (kind and kind.from_sums) or PVALUES["convex"].from_sums
-    assert from_sums is not None
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
 
-    def suffices(n: int) -> bool:
-        total = certificate.risks[level] * n
-        if kind is not None and kind.binary_only:
-            total = math.ceil(total - 1e-6)
-        value = from_sums(np.array([total]), n, certificate.alpha)
-        return bool(value[0] <= _significance(certificate))
 
-    enough = certificate.n
-    while not suffices(enough):
-        enough *= 2
-        if enough > MOST_EXAMPLES:
-            return None
-    too_few = max(enough // 2, certificate.n)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if suffices(middle) else (middle, enough)
-    return enough
+def _seen(certificate: Certificate, levels: Sequence[int]) -> list[str]:
+    """The examples on which levels were tested, unless on all of them."""
+    looks = certificate.looks
+    if looks is None or all(looks.seen[j] == certificate.n for j in levels):
+        return []
+    return [f"{looks.seen[j]:,}" for j in levels]
+
+
+def _percents(shares: Sequence[float] | None, levels: Sequence[int]) -> list[str]:
+    return [] if shares is None else [f"{100 * shares[j]:.1f} %" for j in levels]
+
+
+def _numbers(values: Sequence[float], levels: Sequence[int], form: str) -> list[str]:
+    return [_number(values[j], form) for j in levels]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _table(columns: dict[str, list[str]], marks: Sequence[bool], remarks: Sequence[str]) -> str:
+    """Columns under their names, the first flush left if it holds words; a mark before its row."""
+    lines = [" "] + [">" if mark else " " for mark in marks]
+    for name, cells in columns.items():
+        words = name in ("loss", "group", "loss and group")
+        width = max(map(len, [name, *cells])) if words else 10 if name == "sparsity" else 9
+        for row, cell in enumerate([name, *cells]):
+            lines[row] += " " + (cell.ljust(width) if words else cell.rjust(width))
+    return "\n".join(
+        f"{line}   {remark}".rstrip() for line, remark in zip(lines, ["", *remarks], strict=True)
+    )

@@ -1,13 +1,13 @@
 // torch.ops.confprune.*: schemas, argument checks, and dispatch to the kernels.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "kernels/grid_product.h"
@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kSerial = 1 << 16;      // elements below which threads cost more than they save
+constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
 
 Element element_of(at::ScalarType type, const char* argument) {
@@ -33,7 +33,8 @@ Element element_of(at::ScalarType type, const char* argument) {
     case at::kBFloat16:
       return Element::bfloat16;
     default:
-      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, float16 or bfloat16, got ", type);
+      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, float16 or bfloat16, got ",
+                       type);
   }
 }
 
@@ -64,7 +65,8 @@ const int64_t* int64_data(const Tensor& tensor, const char* argument) {
   return tensor.const_data_ptr<int64_t>();
 }
 
-// Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each thread.
+// Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
+// thread.
 template <class Body>
 int64_t parts(int64_t size, Body body) {
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
@@ -89,18 +91,20 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
   check_key(scores.scalar_type(), key);
   const Element key_element = element_of(key, "key");
   const int64_t bits = key_bits(key_element), prefix_bits = bits - shift - digit_bits;
-  TORCH_CHECK_VALUE(shift >= 0 && shift < bits && digit_bits >= 1 && prefix_bits >= 0, "shift ", shift,
-                    " and digit_bits ", digit_bits, " leave the ", bits, " bits of a key");
+  TORCH_CHECK_VALUE(shift >= 0 && shift < bits && digit_bits >= 1 && prefix_bits >= 0, "shift ",
+                    shift, " and digit_bits ", digit_bits, " leave the ", bits, " bits of a key");
   TORCH_CHECK_VALUE(prefixes.numel() > 0 || prefix_bits == 0,
                     "only the first digit of a key has no prefixes");
   const Digit digit{key_element, int(shift), int(digit_bits),
                     prefixes_of(prefixes, int(prefix_bits))};
   const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
   int64_data(counts, "counts");
-  TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ", cells);
+  TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ",
+                    cells);
   const Source source = source_of(scores, "scores");
   int64_t* total = counts.data_ptr<int64_t>();
-  if (scores.numel() < kSerial) return histogram(source, 0, scores.numel(), digit, total);
+  if (scores.numel() < kSerial)
+    return histogram(source, 0, scores.numel(), digit, total);
 
   std::mutex adding;
   parts(scores.numel(), [&](int64_t, int64_t begin, int64_t end) {
@@ -109,7 +113,8 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
       std::fill(own.get(), own.get() + cells, 0u);
       histogram(source, at, std::min(end, at + kFlush), digit, own.get());
       const std::lock_guard<std::mutex> lock(adding);
-      for (int64_t cell = 0; cell < cells; ++cell) total[cell] += own[cell];
+      for (int64_t cell = 0; cell < cells; ++cell)
+        total[cell] += own[cell];
     }
   });
 }
@@ -128,7 +133,8 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
     collect(source, begin, end, key_element, int(shift), wanted, &found[part]);
   });
   int64_t size = 0;
-  for (const auto& keys : found) size += int64_t(keys.size());
+  for (const auto& keys : found)
+    size += int64_t(keys.size());
   Tensor result = at::empty({size}, prefixes.options());
   int64_t* out = result.data_ptr<int64_t>();
   for (int64_t part = 0; part < used; ++part)
@@ -167,8 +173,8 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const CutTable table(std::move(cuts));
 
   const Source source = source_of(scores, "scores");
-  Tensor levels = at::empty(scores.sizes(),
-                            scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
+  Tensor levels =
+      at::empty(scores.sizes(), scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
@@ -191,7 +197,8 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
     else
       table.assign(source, begin, end, own, levels.data_ptr<int16_t>());
   });
-  if (table.any_straddled()) std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
+  if (table.any_straddled())
+    std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
   return levels;
 }
 
@@ -207,11 +214,12 @@ at::ScalarType compute_type(const Tensor& weight) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, const Tensor& levels,
                                                        int64_t num_levels, int64_t block) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be a matrix, got ", weight.dim(), " dimensions");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be a matrix, got ", weight.dim(),
+                    " dimensions");
   TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
                     " but levels has ", levels.sizes());
-  TORCH_CHECK_VALUE(num_levels >= 1 && num_levels <= 32767, "num_levels must be in [1, 32767], got ",
-                    num_levels);
+  TORCH_CHECK_VALUE(num_levels >= 1 && num_levels <= 32767,
+                    "num_levels must be in [1, 32767], got ", num_levels);
   TORCH_CHECK_VALUE(block >= 1 && block <= kMaxBlock, "block must be in [1, ", kMaxBlock, "], got ",
                     block);
   LevelledMatrix m{weight.const_data_ptr(),
@@ -233,10 +241,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
     const int64_t met =
         count_prefixes(m, begin, end, block, num_levels, counts.data_ptr<int16_t>(), start);
-    if (met != 0) wrong = met;
+    if (met != 0)
+      wrong = met;
   });
-  TORCH_CHECK_VALUE(wrong == 0, "prune level ", wrong.load(), " does not fit ", num_levels, " levels");
-  for (int64_t cell = 0; cell < cells; ++cell) start[cell + 1] += start[cell];
+  TORCH_CHECK_VALUE(wrong == 0, "prune level ", wrong.load(), " does not fit ", num_levels,
+                    " levels");
+  for (int64_t cell = 0; cell < cells; ++cell)
+    start[cell + 1] += start[cell];
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
@@ -247,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
 }
 
 bool contiguous(at::TensorList tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_contiguous(); });
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& t) { return t.is_contiguous(); });
 }
 
 void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
@@ -260,8 +272,8 @@ void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Ten
   TORCH_CHECK_VALUE(row_size > 0, "a weight with no columns has no grid product");
   const int64_t blocks = (row_size + block - 1) / std::max<int64_t>(1, block);
   TORCH_CHECK_VALUE(block >= 1 && rows[0].scalar_type() == compute &&
-                        rows[1].scalar_type() == at::kShort &&
-                        rows[2].scalar_type() == at::kLong && rows[3].scalar_type() == at::kShort &&
+                        rows[1].scalar_type() == at::kShort && rows[2].scalar_type() == at::kLong &&
+                        rows[3].scalar_type() == at::kShort &&
                         rows[2].numel() == outputs * blocks + 1 && rows[3].dim() == 2 &&
                         rows[3].size(0) == outputs * blocks && rows[0].numel() == rows[1].numel() &&
                         contiguous(rows) &&
@@ -283,8 +295,10 @@ void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Ten
 void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>& bias,
               const Tensor& level, at::TensorList rows, int64_t outputs, int64_t row_size,
               int64_t block) {
-  if (x.numel() == 0 || outputs == 0 || level.numel() == 0) return;
-  const Tensor own_bias = bias.has_value() ? bias->to(rows[0].scalar_type()).contiguous() : Tensor();
+  if (x.numel() == 0 || outputs == 0 || level.numel() == 0)
+    return;
+  const Tensor own_bias =
+      bias.has_value() ? bias->to(rows[0].scalar_type()).contiguous() : Tensor();
   product.rows = {rows[0].const_data_ptr(),
                   rows[1].const_data_ptr<int16_t>(),
                   rows[2].const_data_ptr<int64_t>(),
@@ -310,7 +324,8 @@ void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>
     scratch.resize(std::max<size_t>(scratch.size(), size_t(plan.scratch_bytes()) + 64));
     void* aligned = reinterpret_cast<void*>((uintptr_t(scratch.data()) + 63) / 64 * 64);
     for (int64_t thread = begin; thread < end; ++thread)
-      for (int64_t task = next++; task < tasks; task = next++) plan.run(task, aligned);
+      for (int64_t task = next++; task < tasks; task = next++)
+        plan.run(task, aligned);
   });
 }
 
@@ -334,8 +349,8 @@ Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Ten
   Tensor y = batch_minor ? at::empty({K, outputs, N}, x.options()).transpose(1, 2)
                          : at::empty({K, N, outputs}, x.options());
   GridProduct product{};
-  product.convolution = {
-      x.size(2), 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  product.convolution = {x.size(2), 1,         {1, 1, 1}, {1, 1, 1},
+                         {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
   product.x = activation_of(x, 0);
   product.y = activation_of(y, 0);
   product.batch = N;
@@ -379,7 +394,8 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
     TORCH_CHECK_VALUE(room >= 0, "the kernel is larger than the padded input in dimension ", s);
     c.output[d] = room / c.stride[d] + 1;
     row_size *= c.kernel[d];
-    if (s >= 0) shape.push_back(c.output[d]);
+    if (s >= 0)
+      shape.push_back(c.output[d]);
   }
   check_product(x, bias, level, rows, outputs, row_size, block);
   // Batch last in memory: the next grid product, and what stands between, then never transpose.
@@ -395,11 +411,11 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
 }  // namespace confprune
 
 TORCH_LIBRARY(confprune, m) {
+  m.def("instruction_set() -> str", [] { return std::string(confprune::instruction_set()); });
   m.def(
       "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
       "int digit_bits, Tensor(a!) counts) -> ()");
-  m.def(
-      "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift) -> Tensor");
+  m.def("magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift) -> Tensor");
   m.def(
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
@@ -421,10 +437,4 @@ TORCH_LIBRARY_IMPL(confprune, CPU, m) {
   m.impl("prefix_rows", confprune::prefix_rows);
   m.impl("grid_linear", confprune::grid_linear);
   m.impl("grid_conv", confprune::grid_conv);
-}
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled kernels of confprune; importing it registers torch.ops.confprune.";
-  m.def("instruction_set", &confprune::instruction_set,
-        "The instruction set the grid product runs on: 'avx512', 'avx2' or 'baseline'.");
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def _distance(outputs: Tensor, reference: Reference) -> Tensor:
 DISTANCE = Loss("distance", _distance, vmappable=True)
 ANY = ""
 """Takes any reason of a fallback, and none."""
-GRID = [0.0, 0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+GRID = [0.0, 0.1, 0.35, 0.5, 0.7, 0.9, 0.97]
 
 
 def plain_outputs(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) -> Tensor:
@@ -36,22 +36,21 @@ def plain_outputs(model: nn.Module, batch: Any, forward: Callable[..., Any] | No
 
 def slow_losses(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     levels: PruneLevels,
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
     """The distance of every example at every level, [n, K]."""
     model = copy.deepcopy(model).eval()
-    rows = []
+    columns = []
     with torch.no_grad():
-        for batch in batches:
-            reference = Reference(plain_outputs(model, batch, forward))
-            columns = [
-                _distance(plain_outputs(levels.prune(model, j), batch, forward), reference)
-                for j in range(len(levels))
-            ]
-            rows.append(torch.stack(columns, dim=1))
-    return torch.cat(rows)
+        full = [plain_outputs(model, batch, forward) for batch in batches]
+        for j in range(len(levels)):
+            pruned = levels.prune(model, j)
+            outputs = [plain_outputs(pruned, batch, forward) for batch in batches]
+            values = [_distance(y, Reference(f)) for y, f in zip(outputs, full, strict=True)]
+            columns.append(torch.cat(values))
+    return torch.stack(columns, dim=1)
 
 
 def grid_losses(

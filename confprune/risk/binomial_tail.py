@@ -36,6 +36,9 @@ UNDERFLOW = -800.0
 UPPER = 45.0
 """Minus the log of the mass neglected above a table: far below the rounding of 1."""
 
+LOWER = 120.0
+"""Minus the log of the mass neglected below, where only sums of probabilities matter."""
+
 
 def poisson_deviance(x: ArrayLike, mean: ArrayLike) -> FloatArray:
     """``x log(x / mean) + mean - x``, accurate also where x and mean nearly agree.
@@ -180,7 +183,7 @@ def build_binomial_tail(n: int, alpha: float, floor: float = UNDERFLOW) -> Binom
     BinomialTail
         Its window is at most a few dozen standard deviations wide, whatever n.
     """
-    start, stop = _window(n, alpha, -floor)
+    start, stop = binomial_window(n, alpha, -floor)
     counts = np.arange(start, stop + 1, dtype=np.float64)
     log_probability = _log_probability(counts, n, alpha)
     scaled = np.exp(log_probability + SCALE_BITS * math.log(2.0))
@@ -193,7 +196,7 @@ def build_binomial_tail(n: int, alpha: float, floor: float = UNDERFLOW) -> Binom
     return BinomialTail(n, alpha, start, cdf, hinge)
 
 
-def binomial_probabilities(n: int, alpha: float, lower: float = 120.0) -> tuple[int, FloatArray]:
+def binomial_probabilities(n: int, alpha: float) -> tuple[int, FloatArray]:
     """The probabilities of Binomial(n, alpha) on a window.
 
     Parameters
@@ -202,8 +205,6 @@ def binomial_probabilities(n: int, alpha: float, lower: float = 120.0) -> tuple[
         Number of trials, at least 1.
     alpha : float
         Success probability in (0, 1).
-    lower : float
-        Minus the log of the mass that may be neglected below the window.
 
     Returns
     -------
@@ -217,15 +218,16 @@ def binomial_probabilities(n: int, alpha: float, lower: float = 120.0) -> tuple[
     >>> start, probabilities.round(12)
     (0, array([0.25, 0.5 , 0.25]))
     """
-    start, stop = _window(n, alpha, lower)
+    start, stop = binomial_window(n, alpha)
     counts = np.arange(start, stop + 1, dtype=np.float64)
     return start, np.exp(_log_probability(counts, n, alpha))
 
 
-def _window(n: int, alpha: float, lower: float) -> tuple[int, int]:
-    """Integers outside of which less than exp(-lower), exp(-UPPER) of the mass lies.
+def binomial_window(n: int, alpha: float, lower: float = LOWER) -> tuple[int, int]:
+    """The first and the last integer of a window that holds nearly all of the mass.
 
-    Chernoff's and Bernstein's inequalities; the second is the sharper one for large alpha.
+    Less than exp(-lower) lies below it and exp(-UPPER) above, by Chernoff's and Bernstein's
+    inequalities; the second is the sharper one for large alpha.
     """
     mean = n * alpha
     variance = mean * (1.0 - alpha)

@@ -201,9 +201,8 @@ class _Source:
     def losses(self, size: int, rng: np.random.Generator) -> NDArray[Any]:
         """Losses [size, K] of new examples."""
         if self.pilot is None:
-            return rng.random((size, 1)) < self.risks
-        rows: NDArray[Any] = self.pilot[rng.integers(len(self.pilot), size=size)]
-        return rows
+            return np.asarray(rng.random((size, 1)) < self.risks)
+        return np.asarray(self.pilot[rng.integers(len(self.pilot), size=size)])
 
     def sums(self, size: int, rng: np.random.Generator) -> FloatArray:
         """Sums [K] of the losses of new examples, without drawing them one by one."""

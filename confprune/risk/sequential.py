@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from confprune.risk.inputs import FloatArray, IntArray, check_losses, check_probability
 from confprune.risk.looks import LookPlan
-from confprune.risk.spending import SumTracker, make_tracker
+from confprune.risk.spending import SumTracker, Tracker, make_tracker
 from confprune.risk.testing import BoolArray, resolve_procedure
 
 _LOST = 1 / 30
@@ -196,17 +196,18 @@ class SequentialTest:
         """
         if len(losses) != len(self._trackers):
             raise ValueError(f"{len(self._trackers)} risks need as many losses, got {len(losses)}")
-        masks = [None] * len(losses) if counted is None else list(counted)
         matrices = [check_losses(part) for part in losses]
-        for matrix in matrices:
-            if matrix.shape != (len(matrices[0]), self._active.size):
-                raise ValueError(
-                    f"losses must be [m, {self._active.size}], a column per active level, "
-                    f"got shape {matrix.shape}"
-                )
-        self._proceed(len(matrices[0]))
-        for tracker, matrix, mask in zip(self._trackers, matrices, masks, strict=True):
-            tracker.observe(matrix, self._active, _expand(mask, matrix.shape))
+        shape = (len(matrices[0]), self._active.size)
+        if not self.finished and any(matrix.shape != shape for matrix in matrices):
+            raise ValueError(
+                f"losses must be [m, {shape[1]}], a column per active level, "
+                f"got shapes {[matrix.shape for matrix in matrices]}"
+            )
+        masks = [None] * len(losses) if counted is None else counted
+        expanded = [_expand(mask, shape) for mask in masks]
+        self._proceed(shape[0])
+        for tracker, matrix, mask in zip(self._trackers, matrices, expanded, strict=True):
+            tracker.observe(matrix, self._active, mask)
         self._look_if_due()
 
     def update_sums(self, examples: int, sums: ArrayLike, counts: ArrayLike | None = None) -> None:
@@ -281,13 +282,9 @@ class SequentialTest:
             waiting = tracker.pvalues[self._active] > self._delta
             tracker.look(self._look, self._active[waiting])
             waiting = tracker.pvalues[self._active] > self._delta
-            sums = tracker.sums[self._active]
-            for chance, flags in (
-                (self._plan.futility, doubtful),
-                (_LOST * self._plan.futility, lost),
-            ):
-                limits = tracker.limits(self._active, self._seen, self._reachable, chance)
-                flags |= waiting & (sums > limits)
+            hope = self._hope(tracker)
+            doubtful |= waiting & (hope <= self._plan.futility)
+            lost |= waiting & (hope <= _LOST * self._plan.futility)
             pending |= waiting
         self._look += 1
         if self._procedure.chain:
@@ -297,6 +294,13 @@ class SequentialTest:
             self._active = self._active[pending & ~doubtful]
         if self._look == len(self._plan.sizes):
             self._active = self._active[:0]
+
+    def _hope(self, tracker: Tracker) -> FloatArray:
+        """Chance of what has been seen, were the last look just to reject [A]."""
+        if self._plan.futility > 0.0:
+            return tracker.hope(self._active, self._seen, self._reachable)
+        impossible = tracker.beyond_reach(self._active, self._seen, self._reachable)
+        return np.asarray(np.where(impossible, 0.0, 1.0))
 
     def _shorten_chain(self, doubtful: BoolArray, lost: BoolArray) -> None:
         """Give up the levels from a lost one on, and a doubtful end of the chain.

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from confprune.risk.betting import BettingProcess
-from confprune.risk.binomial_tail import binomial_probabilities
+from confprune.risk.binomial_tail import binomial_probabilities, binomial_window
 from confprune.risk.bounds import critical_sum
 from confprune.risk.inputs import FloatArray, IntArray, losses_are_binary
 from confprune.risk.pvalues import PVALUES, PValue
@@ -77,8 +77,7 @@ class ErrorSpending:
         probabilities = np.convolve(self.probabilities, increments)
         start = self.start + first
         # Far above the mean there is no mass worth carrying on.
-        last, following = binomial_probabilities(count, self.alpha)
-        kept = max(last + len(following) - start, 1)
+        kept = max(binomial_window(count, self.alpha)[1] + 1 - start, 1)
         return replace(self, count=count, start=start, probabilities=probabilities[:kept])
 
     def pvalue(self, errors: FloatArray) -> FloatArray:
@@ -193,21 +192,22 @@ class SumTracker:
                 self.pvalues[level] = present.pvalue(self.sums[level])
             self._paths[level] = remaining
 
-    def limits(self, levels: IntArray, seen: int, delta: float, futility: float) -> FloatArray:
-        """Sums above which a rejection at level `delta` is beyond reach.
+    def beyond_reach(self, levels: IntArray, seen: int, delta: float) -> BoolArray:
+        """Which `levels` can never be rejected at level `delta`, whatever follows.
 
-        After `seen` examples in all. But for a chance of `futility`; 0: for certain, however many
-        of the remaining examples count.
+        After `seen` examples in all; the remaining ones may all count, and have no loss.
         """
+        most = self.counts[levels] + (self._n - seen)
+        critical = np.asarray(critical_sum(most, self._alpha, delta, self._kind.name))
+        return np.asarray(self.sums[levels] > critical)
+
+    def hope(self, levels: IntArray, seen: int, delta: float) -> FloatArray:
+        """The chance of a sum as large as now, were the final sum to be just small enough."""
         counts = self.counts[levels]
-        if futility == 0.0:
-            most = counts + (self._n - seen)
-            return np.asarray(critical_sum(most, self._alpha, delta, self._kind.name))
         final = np.maximum(np.round(counts * (self._n / seen)).astype(np.int64), counts)
         critical = np.asarray(critical_sum(final, self._alpha, delta, self._kind.name))
-        critical = np.maximum(critical, 0.0)
-        rate = critical / np.maximum(final, 1)
-        return _bridge(critical, rate * (1.0 - rate), counts, final, futility)
+        rate = np.maximum(critical, 0.0) / np.maximum(final, 1)
+        return _bridge(self.sums[levels], rate, rate * (1.0 - rate), counts, final)
 
 
 class BettingTracker:
@@ -248,35 +248,39 @@ class BettingTracker:
         """Read off the p-values; looking costs nothing."""
         self.pvalues[levels] = self._process.pvalues()[levels]
 
-    def limits(self, levels: IntArray, seen: int, delta: float, futility: float) -> FloatArray:
-        """Sums above which a rejection is beyond reach; see `SumTracker.limits`."""
-        if futility == 0.0:
-            return np.full(levels.size, np.inf)
+    def beyond_reach(self, levels: IntArray, seen: int, delta: float) -> BoolArray:
+        """None of `levels`: wealth may always recover."""
+        return np.zeros(levels.size, dtype=bool)
+
+    def hope(self, levels: IntArray, seen: int, delta: float) -> FloatArray:
+        """The chance of a sum as large as now, were the final sum to be just small enough."""
         counts = self.counts[levels]
-        final = np.asarray(counts * (self._n / seen), dtype=np.float64)
+        final = np.maximum(counts * (self._n / seen), 1.0)
         variance = self._process.variances()[levels]
         # Where the wealth of the plug-in bets reaches 1/delta, to first order.
-        needed = _BETTING_COST * np.sqrt(2.0 * math.log(1.0 / delta) * final * variance)
-        critical = np.maximum(final * self._alpha - needed, 0.0)
-        return _bridge(critical, variance, counts, final, futility)
+        needed = _BETTING_COST * np.sqrt(2.0 * math.log(1.0 / delta) * variance / final)
+        rate = np.maximum(self._alpha - needed, 0.0)
+        return _bridge(self.sums[levels], rate, variance, counts, final)
 
 
 def _bridge(
-    critical: FloatArray,
+    sums: FloatArray,
+    rate: FloatArray,
     variance: FloatArray,
     counts: IntArray,
     final: FloatArray | IntArray,
-    futility: float,
 ) -> FloatArray:
-    """The upper `futility` quantile of the present sum, were the final one critical.
+    """Chance of at least `sums` after `counts` examples, if the mean of `final` ones is `rate`.
 
     Whatever the law of the losses, given their final sum the order is random: the present sum
     is that of a sample without replacement, and here taken as normal.
     """
-    share = counts / np.maximum(final, 1)
-    spread = np.sqrt(variance * counts * (1.0 - share))
-    limit = critical * share - special.ndtri(futility) * spread + 0.5
-    return np.asarray(np.minimum(limit, critical))
+    remaining = 1.0 - counts / np.maximum(final, 1)
+    spread = np.sqrt(variance * counts * remaining)
+    distance = counts * rate + 0.5 - sums
+    with np.errstate(divide="ignore"):
+        chance = special.ndtr(distance / spread)
+    return np.asarray(np.where(sums > rate * final, 0.0, chance))
 
 
 Tracker = SumTracker | BettingTracker

@@ -1,7 +1,8 @@
 // The element types the kernels read and write, and their exact conversions.
 //
 // A 16-bit float is carried as its bits in a one-member struct, so that the kernels depend on no
-// compiler's half-precision type. Widening is exact; narrowing rounds to nearest even, as torch does.
+// compiler's half-precision type. Widening is exact; narrowing rounds to nearest even, as torch
+// does.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,16 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
+inline float widen(float value) {
+  return value;
+}
+inline double widen(double value) {
+  return value;
+}
 
-inline float widen(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+inline float widen(BFloat16 value) {
+  return bit_cast<float>(uint32_t(value.bits) << 16);
+}
 
 inline float widen(Half value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
@@ -47,8 +54,12 @@ inline float widen(Half value) {
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
 }
 
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(double value, double* out) { *out = value; }
+inline void narrow(float value, float* out) {
+  *out = value;
+}
+inline void narrow(double value, double* out) {
+  *out = value;
+}
 
 inline void narrow(float value, BFloat16* out) {
   const uint32_t bits = bit_cast<uint32_t>(value);

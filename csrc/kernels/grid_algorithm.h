@@ -1,8 +1,8 @@
 // The algorithm of the grid product, over a vector width; included once for each instruction set.
 //
-// The including file defines CONFPRUNE_VECTOR_BYTES, CONFPRUNE_TILE_VECTORS and CONFPRUNE_SET, and may
-// raise the compilation target first. Everything here has internal linkage: two instruction sets must
-// never share a function.
+// The including file defines CONFPRUNE_VECTOR_BYTES, CONFPRUNE_TILE_VECTORS and CONFPRUNE_SET, and
+// may raise the compilation target first. Everything here has internal linkage: two instruction
+// sets must never share a function.
 #include <algorithm>
 #include <cstdint>
 
@@ -42,8 +42,9 @@ struct Rows {
   const int16_t* counts;
 };
 
-// tile[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level. The additions
-// stand in the order of shared_tile, so that a level does not depend on those asked for with it.
+// tile[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level. The
+// additions stand in the order of shared_tile, so that a level does not depend on those asked for
+// with it.
 template <class T, int V>
 void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end, const T* x,
                 T* tile) {
@@ -72,8 +73,9 @@ void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t 
   }
 }
 
-// tile[k, row - row_begin, lanes] for every level of the product, by suffix sums: the levels are taken
-// from the sparsest to the densest, each adding its own weights to the sum of the sparser ones.
+// tile[k, row - row_begin, lanes] for every level of the product, by suffix sums: the levels are
+// taken from the sparsest to the densest, each adding its own weights to the sum of the sparser
+// ones.
 template <class T, int V>
 void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const T* x, T* tile) {
   using L = Lanes<T>;
@@ -113,12 +115,14 @@ void with_vectors(int64_t vectors, Body body) {
   if constexpr (V == 1) {
     body(std::integral_constant<int, 1>{});
   } else {
-    if (vectors >= V) return body(std::integral_constant<int, V>{});
+    if (vectors >= V)
+      return body(std::integral_constant<int, V>{});
     with_vectors<V - 1>(vectors, body);
   }
 }
 
-// x[slot, first example ..] into [channel, phase, extent, chunk]; what is padding, or past the batch, is 0.
+// x[slot, first example ..] into [channel, phase, extent, chunk]; what is padding, or past the
+// batch, is 0.
 template <class T, class Input>
 void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
   const Convolution& c = d.product.convolution;
@@ -136,8 +140,7 @@ void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
             for (int64_t i1 = 0; i1 < p.extent[1]; ++i1) {
               const int64_t a0 = i0 * c.stride[0] + p0 - c.padding[0];
               const int64_t a1 = i1 * c.stride[1] + p1 - c.padding[1];
-              const bool inside =
-                  a0 >= 0 && a0 < c.input[0] && a1 >= 0 && a1 < c.input[1];
+              const bool inside = a0 >= 0 && a0 < c.input[0] && a1 >= 0 && a1 < c.input[1];
               const Input* line =
                   plane + a0 * layout.position_strides[0] + a1 * layout.position_strides[1];
               for (int64_t i2 = 0; i2 < p.extent[2]; ++i2, out += p.chunk) {
@@ -148,9 +151,11 @@ void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
                 }
                 const Input* at = line + a2 * layout.position_strides[2];
                 if (layout.batch_stride == 1)
-                  for (int64_t b = 0; b < count; ++b) out[b] = T(widen(at[b]));
+                  for (int64_t b = 0; b < count; ++b)
+                    out[b] = T(widen(at[b]));
                 else
-                  for (int64_t b = 0; b < count; ++b) out[b] = T(widen(at[b * layout.batch_stride]));
+                  for (int64_t b = 0; b < count; ++b)
+                    out[b] = T(widen(at[b * layout.batch_stride]));
                 std::fill(out + count, out + p.chunk, T(0));
               }
             }
@@ -169,7 +174,8 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
     if (layout.channel_stride == 1) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t example = (first_lane + lane) % chunk;
-        if (example >= count) continue;
+        if (example >= count)
+          continue;
         Output* out = y + (first_lane + lane) / chunk * layout.position_strides[2] +
                       example * layout.batch_stride;
         for (int64_t row = begin; row < end; ++row)
@@ -186,9 +192,11 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
         Output* out = to + position * layout.position_strides[2] + example * layout.batch_stride;
         const int64_t valid = std::min(run, count - example);
         if (layout.batch_stride == 1)
-          for (int64_t i = 0; i < valid; ++i) narrow(from[lane + i], out + i);
+          for (int64_t i = 0; i < valid; ++i)
+            narrow(from[lane + i], out + i);
         else
-          for (int64_t i = 0; i < valid; ++i) narrow(from[lane + i], out + i * layout.batch_stride);
+          for (int64_t i = 0; i < valid; ++i)
+            narrow(from[lane + i], out + i * layout.batch_stride);
         lane += run;
       }
     }
@@ -224,17 +232,16 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
       for (int64_t lane = 0; lane < line_lanes; lane += L::kTile) {
         const int64_t lanes = std::min<int64_t>(L::kTile, line_lanes - lane);
         const int64_t vectors = (lanes + L::kWidth - 1) / L::kWidth;
-        const T* input = packed +
-                         (o0 * d.packed.extent[1] + o1) * d.packed.extent[2] * d.packed.chunk + lane;
+        const T* input =
+            packed + (o0 * d.packed.extent[1] + o1) * d.packed.extent[2] * d.packed.chunk + lane;
         InOut* out = y + o0 * product.y.position_strides[0] + o1 * product.y.position_strides[1];
         if (!product.shared) {
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
             level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile);
           });
           store(d, tile, row_end - row_begin,
-                out + k * product.y.level_stride +
-                    row_begin * product.y.channel_stride,
-                lane, lanes, count);
+                out + k * product.y.level_stride + row_begin * product.y.channel_stride, lane,
+                lanes, count);
           continue;
         }
         for (int64_t row = row_begin; row < row_end; row += kSharedRows) {
@@ -243,14 +250,15 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
               vectors, [&](auto V) { shared_tile<T, V()>(d, row, stop, input, tile); });
           for (int64_t j = 0; j < product.num_levels; ++j)
             store(d, tile + j * kSharedRows * L::kTile, stop - row,
-                  out + j * product.y.level_stride +
-                      row * product.y.channel_stride,
-                  lane, lanes, count);
+                  out + j * product.y.level_stride + row * product.y.channel_stride, lane, lanes,
+                  count);
         }
       }
 }
 
-int64_t tile_lanes(bool wide) { return wide ? Lanes<double>::kTile : Lanes<float>::kTile; }
+int64_t tile_lanes(bool wide) {
+  return wide ? Lanes<double>::kTile : Lanes<float>::kTile;
+}
 
 void run_task(const GridDetails& d, int64_t task, void* scratch) {
   switch (d.product.x.element) {

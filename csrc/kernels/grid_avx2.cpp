@@ -1,8 +1,8 @@
 // 32-byte vectors, for machines with AVX2.
 #if defined(__x86_64__)
 
-// The headers of the standard library come before the target is raised: their inline functions may be
-// merged with other files' copies, which must run everywhere.
+// The headers of the standard library come before the target is raised: their inline functions may
+// be merged with other files' copies, which must run everywhere.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

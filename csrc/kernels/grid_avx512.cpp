@@ -1,8 +1,8 @@
 // 64-byte vectors, for machines with AVX-512.
 #if defined(__x86_64__)
 
-// The headers of the standard library come before the target is raised: their inline functions may be
-// merged with other files' copies, which must run everywhere.
+// The headers of the standard library come before the target is raised: their inline functions may
+// be merged with other files' copies, which must run everywhere.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -10,14 +10,17 @@
 #include <vector>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                            \
+    __attribute__((                                                                      \
+        target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 #endif
 
 #define CONFPRUNE_VECTOR_BYTES 64
-#define CONFPRUNE_TILE_VECTORS 4
+#define CONFPRUNE_TILE_VECTORS 8
 #include "kernels/grid_algorithm.h"
 
 namespace confprune {

@@ -21,8 +21,9 @@ const InstructionSet& choose() {
   };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
     return avx512_set();
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return avx2_set();
@@ -95,16 +96,20 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   d.packed = pack_layout(product, 1);
   const int64_t fit = kPackedElements / std::max<int64_t>(1, c.channels * d.packed.channel_size);
   const int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
-  if (chunk > 1) d.packed = pack_layout(product, chunk);
+  if (chunk > 1)
+    d.packed = pack_layout(product, chunk);
   d.chunks = (product.batch + d.packed.chunk - 1) / d.packed.chunk;
   const int64_t inputs = product.shared ? 1 : product.num_levels;
-  const int64_t row_groups = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, inputs * d.chunks));
+  const int64_t row_groups =
+      std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, inputs * d.chunks));
   const int64_t rows = product.rows.rows;
   d.row_tile = std::max<int64_t>(kSharedRows, (rows + row_groups - 1) / row_groups);
   d.row_groups = (rows + d.row_tile - 1) / d.row_tile;
 }
 
-GridPlan::~GridPlan() { delete details_; }
+GridPlan::~GridPlan() {
+  delete details_;
+}
 
 int64_t GridPlan::tasks() const {
   const GridDetails& d = *details_;
@@ -119,8 +124,12 @@ int64_t GridPlan::scratch_bytes() const {
   return (input + 16 + tile_rows * d.lanes) * size + 64;
 }
 
-void GridPlan::run(int64_t task, void* scratch) const { chosen().run(*details_, task, scratch); }
+void GridPlan::run(int64_t task, void* scratch) const {
+  chosen().run(*details_, task, scratch);
+}
 
-const char* instruction_set() { return chosen().name; }
+const char* instruction_set() {
+  return chosen().name;
+}
 
 }  // namespace confprune

@@ -1,14 +1,15 @@
 // The masked product of one layer at many levels: y[k] = conv(x[k], W ⊙ (levels > level[k])) + b.
 //
-// A linear layer is the convolution with one position. The batch stands in the vector lanes: inputs are
-// packed as [channel, position, batch], so that a weight meets 16 or more examples (or neighbouring
-// positions) with one multiply-add, whatever the sparsity pattern. Weights come as prefix rows.
+// A linear layer is the convolution with one position. The batch stands in the vector lanes: inputs
+// are packed as [channel, position, batch], so that a weight meets 16 or more examples (or
+// neighbouring positions) with one multiply-add, whatever the sparsity pattern. Weights come as
+// prefix rows.
 //
 // Shapes (positions are up to three-dimensional, unused dimensions have size 1):
 //   x [1 or K, N, channels, input], y [K, N, rows, output], both with any strides.
-// Operations: 2 · N · positions · Σ_k alive(level[k]); the limit is one vector load and one multiply-add
-// per weight and vector. With one input for all levels (x[1, ...]) a suffix sum gives all K outputs for
-// the operations of the densest.
+// Operations: 2 · N · positions · Σ_k alive(level[k]); the limit is one vector load and one
+// multiply-add per weight and vector. With one input for all levels (x[1, ...]) a suffix sum gives
+// all K outputs for the operations of the densest.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,9 @@
 
 namespace confprune {
 
-// Input packing. Strided kernels see the padded input split into phases, one for each remainder of the
-// kernel's offsets modulo the stride, so that neighbouring outputs always read neighbouring inputs.
+// Input packing. Strided kernels see the padded input split into phases, one for each remainder of
+// the kernel's offsets modulo the stride, so that neighbouring outputs always read neighbouring
+// inputs.
 struct PackedInput {
   int64_t chunk;                          // examples packed together
   std::vector<int64_t> phases[kSpatial];  // remainders in use, per dimension

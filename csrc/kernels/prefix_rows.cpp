@@ -14,8 +14,7 @@ inline int64_t level_at(const LevelledMatrix& m, int64_t row, int64_t column) {
 
 template <class T, class Value>
 void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-          int64_t num_levels, const int64_t* starts, Value* values,
-          int16_t* columns) {
+          int64_t num_levels, const int64_t* starts, Value* values, int16_t* columns) {
   const T* weight = static_cast<const T*>(m.weight);
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int64_t> at(num_levels + 1);
@@ -24,7 +23,8 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
       const int64_t from = b * block, to = std::min(m.row_size, from + block);
       // A stable counting sort, descending in the level.
       std::fill(at.begin(), at.end(), 0);
-      for (int64_t c = from; c < to; ++c) ++at[level_at(m, row, c)];
+      for (int64_t c = from; c < to; ++c)
+        ++at[level_at(m, row, c)];
       int64_t next = starts[row * blocks + b];
       for (int64_t level = num_levels; level >= 0; --level) {
         const int64_t count = at[level];
@@ -33,7 +33,8 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
       }
       for (int64_t c = from; c < to; ++c) {
         const int64_t level = level_at(m, row, c);
-        if (level == 0) continue;
+        if (level == 0)
+          continue;
         const int64_t place = at[level]++;
         values[place] = widen(weight[row * m.weight_strides[0] + c * m.weight_strides[1]]);
         columns[place] = int16_t(c - from);
@@ -54,7 +55,8 @@ int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_e
       std::fill(pruned_at.begin(), pruned_at.end(), 0);
       for (int64_t c = from; c < to; ++c) {
         const int64_t level = level_at(m, row, c);
-        if (level < 0 || level > num_levels) return level;
+        if (level < 0 || level > num_levels)
+          return level;
         ++pruned_at[level];
       }
       int16_t* cell = counts + (row * blocks + b) * num_levels;
@@ -70,8 +72,7 @@ int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_e
 }
 
 void fill_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, const int64_t* starts, void* values,
-                   int16_t* columns) {
+                   int64_t num_levels, const int64_t* starts, void* values, int16_t* columns) {
   switch (m.element) {
     case Element::float32:
       return fill<float>(m, row_begin, row_end, block, num_levels, starts,

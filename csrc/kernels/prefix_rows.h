@@ -1,8 +1,8 @@
 // Prefix rows: each row's weights ordered by prune level, the most durable first.
 //
-// A row of `columns` weights is cut into blocks of `block` columns. Within a block the weights alive at
-// level j are then a prefix, whose length is counts[row, b, j], so one structure serves every level.
-// Weights pruned at every level are left out.
+// A row of `columns` weights is cut into blocks of `block` columns. Within a block the weights
+// alive at level j are then a prefix, whose length is counts[row, b, j], so one structure serves
+// every level. Weights pruned at every level are left out.
 #pragma once
 
 #include <cstdint>
@@ -38,15 +38,14 @@ struct LevelledMatrix {
   int64_t row_size;
 };
 
-// Writes counts[cell, j] for every cell (row, block) of rows [row_begin, row_end), and the number of
-// weights kept in cell + 1 of `starts`. Returns a prune level outside [0, num_levels], if it meets one,
-// else 0.
-int64_t count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                       int64_t num_levels, int16_t* counts, int64_t* starts);
+// Writes counts[cell, j] for every cell (row, block) of rows [row_begin, row_end), and the number
+// of weights kept in cell + 1 of `starts`. Returns a prune level outside [0, num_levels], if it
+// meets one, else 0.
+int64_t count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end,
+                       int64_t block, int64_t num_levels, int16_t* counts, int64_t* starts);
 
 // Fills values and columns, given the running sum of `starts`.
 void fill_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, const int64_t* starts, void* values,
-                   int16_t* columns);
+                   int64_t num_levels, const int64_t* starts, void* values, int16_t* columns);
 
 }  // namespace confprune

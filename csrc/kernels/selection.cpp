@@ -6,7 +6,7 @@
 namespace confprune {
 namespace {
 
-constexpr int kTableBits = 18;  // what stays in the caches, and leaves few keys beside a cut
+constexpr int kTableBits = 18;    // what stays in the caches, and leaves few keys beside a cut
 constexpr int64_t kChunk = 4096;  // elements gathered at a time from a strided tensor
 
 template <Element>
@@ -46,7 +46,8 @@ struct Key<Element::bfloat16> {
 template <class T>
 const T* read(const Source& source, int64_t begin, int64_t count, T* buffer) {
   const T* data = static_cast<const T*>(source.data);
-  if (source.contiguous) return data + begin;
+  if (source.contiguous)
+    return data + begin;
   int64_t index[Source::kMaxDims];
   int64_t offset = 0;
   for (int d = source.dims - 1; d >= 0; --d) {
@@ -58,7 +59,8 @@ const T* read(const Source& source, int64_t begin, int64_t count, T* buffer) {
     buffer[i] = data[offset];
     for (int d = source.dims - 1; d >= 0; --d) {
       offset += source.strides[d];
-      if (++index[d] < source.sizes[d]) break;
+      if (++index[d] < source.sizes[d])
+        break;
       offset -= source.sizes[d] * source.strides[d];
       index[d] = 0;
     }
@@ -76,7 +78,8 @@ void for_chunks(const Source& source, int64_t begin, int64_t end, Body body) {
   }
 }
 
-// Calls body(element tag, key tag) with the types that `source` and `key` name. Only widenings exist.
+// Calls body(element tag, key tag) with the types that `source` and `key` name. Only widenings
+// exist.
 template <class Body>
 void dispatch(Element element, Element key, Body body) {
   using std::integral_constant;
@@ -98,17 +101,21 @@ void dispatch(Element element, Element key, Body body) {
   }
 }
 
-// Finds the row of a key's prefix: a table over the prefix's own high bits gives the few candidates.
+// Finds the row of a key's prefix: a table over the prefix's own high bits gives the few
+// candidates.
 class PrefixIndex {
  public:
   PrefixIndex(const std::vector<uint64_t>& prefixes, int prefix_bits)
       : prefixes_(prefixes), shift_(std::max(0, prefix_bits - kTableBits)) {
     const size_t bins = size_t(1) << (prefix_bits - shift_);
     table_.assign(bins + 1, 0);
-    for (uint64_t prefix : prefixes) ++table_[(prefix >> shift_) + 1];
-    for (size_t bin = 1; bin <= bins; ++bin) table_[bin] += table_[bin - 1];
+    for (uint64_t prefix : prefixes)
+      ++table_[(prefix >> shift_) + 1];
+    for (size_t bin = 1; bin <= bins; ++bin)
+      table_[bin] += table_[bin - 1];
     holds_.resize(bins);
-    for (size_t bin = 0; bin < bins; ++bin) holds_[bin] = table_[bin] < table_[bin + 1];
+    for (size_t bin = 0; bin < bins; ++bin)
+      holds_[bin] = table_[bin] < table_[bin + 1];
   }
 
   // Whether some prefix shares this one's high bits.
@@ -116,9 +123,11 @@ class PrefixIndex {
 
   int64_t row(uint64_t prefix) const {
     const size_t bin = prefix >> shift_;
-    if (!holds_[bin]) return -1;
+    if (!holds_[bin])
+      return -1;
     for (int32_t at = table_[bin]; at < table_[bin + 1]; ++at)
-      if (prefixes_[at] == prefix) return at;
+      if (prefixes_[at] == prefix)
+        return at;
     return -1;
   }
 
@@ -144,9 +153,11 @@ void count_all(const Source& source, int64_t begin, int64_t end, int shift, size
       ++counts[K::of(x[i + 2]) >> shift];
       ++second[K::of(x[i + 3]) >> shift];
     }
-    for (; i < n; ++i) ++counts[K::of(x[i]) >> shift];
+    for (; i < n; ++i)
+      ++counts[K::of(x[i]) >> shift];
   });
-  for (size_t cell = 0; cell < other.size(); ++cell) counts[cell] += other[cell];
+  for (size_t cell = 0; cell < other.size(); ++cell)
+    counts[cell] += other[cell];
 }
 
 template <class Count>
@@ -165,7 +176,8 @@ void histogram_any(const Source& source, int64_t begin, int64_t end, const Digit
       for (int64_t i = 0; i < n; ++i) {
         const uint64_t key = K::of(x[i]);
         const int64_t row = index.row(key >> above);
-        if (row >= 0) ++counts[(row << digit.digit_bits) + ((key >> shift) & mask)];
+        if (row >= 0)
+          ++counts[(row << digit.digit_bits) + ((key >> shift) & mask)];
       }
     });
   });
@@ -209,7 +221,8 @@ void collect(const Source& source, int64_t begin, int64_t end, Element key, int 
         size += index.may_hold(uint64_t(bits) >> shift);
       }
       for (int64_t i = 0; i < size; ++i)
-        if (index.row(uint64_t(found[i]) >> shift) >= 0) keys->push_back(found[i]);
+        if (index.row(uint64_t(found[i]) >> shift) >= 0)
+          keys->push_back(found[i]);
     });
   });
 }
@@ -224,7 +237,8 @@ CutTable::CutTable(Cuts cuts)
   size_t cut = 0;
   for (size_t bin = 0; bin < bins; ++bin) {
     const size_t first = cut;
-    while (cut < cuts_.values.size() && (cuts_.values[cut] >> shift_) == bin) ++cut;
+    while (cut < cuts_.values.size() && (cuts_.values[cut] >> shift_) == bin)
+      ++cut;
     // A bin of one key that every level takes whole, or not at all, needs no search.
     const bool whole = cut == first || (shift_ == 0 && !cuts_.straddled[first]);
     table_[bin] = whole ? int16_t(cuts_.first_level[first]) : int16_t(-1 - int16_t(first));
@@ -233,7 +247,8 @@ CutTable::CutTable(Cuts cuts)
 
 size_t CutTable::cut_at(uint64_t key, int16_t entry) const {
   const auto first = cuts_.values.begin() + (-1 - entry);
-  if (shift_ == 0) return size_t(-1 - entry);  // a bin is one key
+  if (shift_ == 0)
+    return size_t(-1 - entry);  // a bin is one key
   return size_t(std::lower_bound(first, cuts_.values.end(), key) - cuts_.values.begin());
 }
 
@@ -244,7 +259,8 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
       for (int64_t i = 0; i < n; ++i) {
         const uint64_t key = K::of(x[i]);
         const int16_t entry = table_[key >> shift_];
-        if (entry >= 0) continue;
+        if (entry >= 0)
+          continue;
         const size_t cut = cut_at(key, entry);
         if (cut < cuts_.values.size() && cuts_.values[cut] == key && cuts_.straddled[cut])
           ++equal[cut];
@@ -262,13 +278,16 @@ void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int6
     int32_t level;
   };
   std::vector<Walk> walks(cuts_.values.size());
-  for (size_t cut = 0; cut < walks.size(); ++cut) walks[cut] = {ranks[cut], 0, cuts_.first_level[cut]};
+  for (size_t cut = 0; cut < walks.size(); ++cut)
+    walks[cut] = {ranks[cut], 0, cuts_.first_level[cut]};
   const auto next_level = [&](size_t cut) {
     Walk& walk = walks[cut];
-    if (!cuts_.straddled[cut]) return walk.level;
+    if (!cuts_.straddled[cut])
+      return walk.level;
     const int32_t last = cuts_.first_level[cut + 1];
     while (walk.rank >= walk.until) {
-      while (walk.level < last && cuts_.ties[walk.level] <= walk.rank) ++walk.level;
+      while (walk.level < last && cuts_.ties[walk.level] <= walk.rank)
+        ++walk.level;
       walk.until = walk.level < last ? cuts_.ties[walk.level] : INT64_MAX;
     }
     ++walk.rank;
@@ -290,7 +309,8 @@ void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int6
       }
     });
   });
-  for (size_t cut = 0; cut < walks.size(); ++cut) ranks[cut] = walks[cut].rank;
+  for (size_t cut = 0; cut < walks.size(); ++cut)
+    ranks[cut] = walks[cut].rank;
 }
 
 void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,

@@ -1,11 +1,11 @@
 // Selection by magnitude: histograms of integer keys, the keys near a cut, and prune levels.
 //
-// The IEEE bits of |w| read as an unsigned integer order as |w| does (-0 is 0, +inf the largest, NaN
-// above it). All functions work on a range of one tensor's elements, in logical (row-major) order,
-// so that any split over threads, tensors, files or machines gives the same answer.
+// The IEEE bits of |w| read as an unsigned integer order as |w| does (-0 is 0, +inf the largest,
+// NaN above it). All functions work on a range of one tensor's elements, in logical (row-major)
+// order, so that any split over threads, tensors, files or machines gives the same answer.
 //
-// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one increment or
-// one table look-up per element, about a cycle each; memory bandwidth is near.
+// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one increment
+// or one table look-up per element, about a cycle each; memory bandwidth is near.
 #pragma once
 
 #include <cstdint>
@@ -44,14 +44,16 @@ void histogram(const Source& source, int64_t begin, int64_t end, const Digit& di
 void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
                int64_t* counts);
 
-// Appends to `keys` the keys of elements [begin, end) whose bits above `shift` are among `prefixes`.
+// Appends to `keys` the keys of elements [begin, end) whose bits above `shift` are among
+// `prefixes`.
 void collect(const Source& source, int64_t begin, int64_t end, Element key, int shift,
              const std::vector<uint64_t>& prefixes, std::vector<int64_t>* keys);
 
 // Where the levels cut: distinct threshold keys, increasing. A key below values[i] and above
-// values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels: never).
-// Of the keys equal to values[i], in position order, the first ties[j] are pruned at level j, for
-// j in [first_level[i], first_level[i + 1]). A value is straddled when some level takes only a part.
+// values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels:
+// never). Of the keys equal to values[i], in position order, the first ties[j] are pruned at level
+// j, for j in [first_level[i], first_level[i + 1]). A value is straddled when some level takes only
+// a part.
 struct Cuts {
   Element key;
   std::vector<uint64_t> values;
@@ -70,8 +72,8 @@ class CutTable {
   // Adds the number of elements equal to each straddled value to `equal`, [values].
   void count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const;
 
-  // Writes the prune levels of elements [begin, end) to levels[begin..end). `ranks`, [values], holds
-  // how many equals of each straddled value stand before `begin`, and is advanced.
+  // Writes the prune levels of elements [begin, end) to levels[begin..end). `ranks`, [values],
+  // holds how many equals of each straddled value stand before `begin`, and is advanced.
   void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
               uint8_t* levels) const;
   void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
@@ -83,7 +85,6 @@ class CutTable {
                   Level* levels) const;
   // The first cut whose value is not below the key, given the key's entry in the table.
   size_t cut_at(uint64_t key, int16_t entry) const;
-
 
   Cuts cuts_;
   int shift_;

@@ -6,6 +6,7 @@ import itertools
 
 import mpmath
 import numpy as np
+from scipy import stats
 
 mpmath.mp.dps = 60
 
@@ -119,3 +120,31 @@ def _remove(share: np.ndarray, graph: np.ndarray, node: int) -> tuple[np.ndarray
             if k not in (j, node) and back < 1:
                 new_graph[j, k] = (graph[j, k] + graph[j, node] * graph[node, k]) / (1 - back)
     return new_share, new_graph
+
+
+def error_spending(counts, allowed, alpha, risk=None):
+    """Critical numbers of errors at each look, and the probability of ever being rejected.
+
+    The law of the number of errors of a level not rejected so far, in full. With `risk`, the
+    probability is that for a level of this risk, at boundaries for `alpha`.
+    """
+    law, actual = np.ones(1), np.ones(1)
+    risk = alpha if risk is None else risk
+    spent = rejected = 0.0
+    critical = []
+    previous = 0
+    for count, limit in zip(counts, allowed, strict=True):
+        more = count - previous
+        previous = count
+        law = np.convolve(law, stats.binom.pmf(np.arange(more + 1), more, alpha))
+        actual = np.convolve(actual, stats.binom.pmf(np.arange(more + 1), more, risk))
+        boundary = -np.inf
+        for errors in range(count + 1):
+            if spent + law[errors] > limit:
+                break
+            boundary = errors
+            spent += law[errors]
+            rejected += actual[errors]
+            law[errors] = actual[errors] = 0.0
+        critical.append(boundary)
+    return critical, rejected

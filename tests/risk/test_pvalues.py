@@ -11,6 +11,7 @@ from risk import reference
 from scipy import stats
 
 from confprune.risk import pvalues
+from confprune.risk.binomial_tail import binomial_tail
 
 SUM_BASED = ["hoeffding", "bentkus", "hoeffding_bentkus", "binomial", "convex"]
 ALPHAS = [1e-6, 1e-3, 0.05, 0.5, 0.9, 1 - 1e-6]
@@ -60,14 +61,14 @@ def test_convex_is_the_minimum_over_all_hinges(n, alpha):
     np.testing.assert_allclose(from_sums("convex", totals, n, alpha), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("n", "alpha"), [(5000, 0.05), (10**5, 1e-3), (10**7, 0.5), (10**7, 0.05)])
+@pytest.mark.parametrize(("n", "alpha"), [(5000, 0.05), (10**5, 1e-3), (10**7, 0.05)])
 def test_convex_is_accurate_far_in_the_tail_of_large_samples(n, alpha):
     for total in sums_down_to(n, alpha, fractional=True):
         value = float(from_sums("convex", [total], n, alpha)[0])
         if not 1e-300 < value < 1.0:
             continue
         # The best a lies where the tangents cross; scan its neighbourhood at high precision.
-        table = pvalues_table(n, alpha)
+        table = binomial_tail(n, alpha)
         centre = table.start + 1 + int(np.searchsorted(table.tangents[1:], total))
         bounds = [
             reference.hinge(a, n, alpha) / (a - mpmath.mpf(total))
@@ -76,12 +77,6 @@ def test_convex_is_accurate_far_in_the_tail_of_large_samples(n, alpha):
         expected = min(bounds)
         assert abs(mpmath.mpf(value) - expected) <= expected * mpmath.mpf(10) ** -10
         assert expected not in (bounds[0], bounds[-1]) or centre - 2 <= int(total)
-
-
-def pvalues_table(n, alpha):
-    from confprune.risk.binomial_tail import binomial_tail
-
-    return binomial_tail(n, alpha)
 
 
 def test_closed_forms_at_zero_loss():
@@ -210,12 +205,17 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", [name for name in pvalues.PVALUES if name != "clt"])
+@pytest.mark.parametrize(
+    ("law", "name"),
+    [
+        (law, name)
+        for law in LAWS
+        for name, kind in pvalues.PVALUES.items()
+        if not kind.asymptotic and (law == "zero or one" or not kind.binary_only)
+    ],
+)
 @pytest.mark.parametrize(("n", "alpha"), [(60, 0.1), (300, 0.15)])
 def test_pvalues_are_super_uniform_at_the_boundary_and_beyond(law, name, n, alpha):
-    if name == "binomial" and law != "zero or one":
-        pytest.skip("refused")
     draws = 4000
     rng = np.random.default_rng(6)
     for mean in (alpha, 1.1 * alpha):

@@ -1,3 +1,0 @@
-"""The compiled kernels; importing this registers ``torch.ops.confprune.*``."""
-
-def instruction_set() -> str: ...

@@ -1,0 +1,106 @@
+"""Whether the fields of a certificate agree with each other: files can be edited by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from confprune.evidence import Part, check_unit, plain_floats
+
+if TYPE_CHECKING:
+    from confprune.certificate import Certificate
+
+GUARANTEES = ("risk", "expectation", "monotone")
+
+
+def check_consistent(certificate: Certificate) -> None:
+    """Raise ValueError for contradictory fields, naming the first."""
+    _check_levels(certificate)
+    _check_guarantee(certificate)
+    _check_parts(certificate)
+    _check_looks(certificate)
+
+
+def is_of(certificate: Certificate, part: Part) -> bool:
+    """Whether the certificate's own values are those of the part."""
+    same = all(
+        getattr(certificate, name) == getattr(part, name) for name in ("loss", "pvalue", "alpha")
+    )
+    # Through plain_floats, for a NaN is not itself any more once it has been pickled.
+    return same and all(
+        plain_floats(getattr(certificate, name)) == plain_floats(getattr(part, name))
+        for name in ("risks", "bounds")
+    )
+
+
+def _check_levels(certificate: Certificate) -> None:
+    levels = len(certificate.sparsities)
+    if levels == 0:
+        raise ValueError("sparsities is empty")
+    for name in ("risks", "pvalues", "bounds", "rejected", "acceptance"):
+        values = getattr(certificate, name)
+        if values is None:
+            continue
+        if len(values) != levels:
+            raise ValueError(f"{name} has {len(values)} values for {levels} sparsities")
+        check_unit(name, values)
+    grid = certificate.sparsities
+    increasing = all(a < b for a, b in itertools.pairwise(grid))
+    if not (increasing and grid[0] >= 0 and grid[-1] < 1):
+        raise ValueError("sparsities must be strictly increasing, in [0, 1)")
+    if not 0 < certificate.alpha < 1:
+        raise ValueError(f"alpha is {certificate.alpha}, outside (0, 1)")
+    if certificate.n < 1:
+        raise ValueError(f"n is {certificate.n}, fewer than one example")
+    if (certificate.accept is None) != (certificate.acceptance is None):
+        raise ValueError("accept and acceptance must be given together")
+
+
+def _check_guarantee(certificate: Certificate) -> None:
+    guarantee, delta = certificate.guarantee, certificate.delta
+    if guarantee not in GUARANTEES:
+        raise ValueError(f"guarantee is {guarantee!r}, not one of {list(GUARANTEES)}")
+    if guarantee == "expectation":
+        if delta is not None:
+            raise ValueError(f"delta is {delta}, but a guarantee in expectation has none")
+    elif delta is None or not 0 < delta < 1:
+        raise ValueError(f"delta is {delta}, outside (0, 1)")
+
+
+def _check_parts(certificate: Certificate) -> None:
+    parts, levels = certificate.parts, len(certificate.sparsities)
+    if not parts:
+        return
+    for part in parts:
+        if len(part.counts) != levels:
+            raise ValueError(
+                f"part {part.name!r} has {len(part.counts)} levels for {levels} sparsities"
+            )
+        if max(part.counts) > certificate.n:
+            raise ValueError(
+                f"part {part.name!r} counts {max(part.counts)} examples, more than n, "
+                f"{certificate.n}"
+            )
+    if not any(is_of(certificate, part) for part in parts):
+        raise ValueError("loss, alpha, risks and bounds are not those of any part")
+    largest = tuple(max(values) for values in zip(*(p.pvalues for p in parts), strict=True))
+    if plain_floats(largest) != certificate.pvalues:
+        raise ValueError("pvalues are not the largest of the parts")
+
+
+def _check_looks(certificate: Certificate) -> None:
+    looks = certificate.looks
+    if looks is None:
+        return
+    if len(looks.seen) != len(certificate.sparsities):
+        raise ValueError(
+            f"looks: seen has {len(looks.seen)} values for {len(certificate.sparsities)} sparsities"
+        )
+    if looks.sizes[-1] != certificate.n:
+        raise ValueError(
+            f"looks: the last is at {looks.sizes[-1]} examples, but n is {certificate.n}"
+        )
+    spent = math.fsum(looks.spending)
+    if certificate.delta is None or spent > certificate.delta * (1 + 1e-12):
+        raise ValueError(f"looks: {spent:g} is spent in all, more than delta")

@@ -1,0 +1,327 @@
+"""Calibration data in every form people have it, and how a model is called on a batch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from confprune.batches import (
+    batch_length,
+    batches,
+    call,
+    check_data,
+    describe,
+    example_count,
+    move_batch,
+    order_length,
+    padding_mask_of,
+    permutable,
+    slice_batch,
+    take,
+    targets_of,
+)
+
+X = torch.arange(14.0).reshape(7, 2)
+Y = torch.arange(7)
+
+
+class Dictionaries(Dataset):
+    """Examples as Hugging Face has them."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": X[index], "labels": Y[index]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(X, Y, strict=True)
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+DATA: dict[str, Any] = {
+    "tensor": lambda: X,
+    "tuple": lambda: (X, Y),
+    "mapping": lambda: {"input_ids": X, "labels": Y},
+    "ordered mapping": lambda: OrderedDict(input_ids=X, labels=Y),
+    "named tuple": lambda: Pair(X, Y),
+    "dataset": lambda: TensorDataset(X, Y),
+    "dataset of inputs": lambda: TensorDataset(X),
+    "dataset of dictionaries": Dictionaries,
+    "subset": lambda: Subset(TensorDataset(X, Y), range(7)),
+    "list as dataset": lambda: [(X[:4], Y[:4]), (X[4:], Y[4:])],
+    "stream": Stream,
+    "loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=3),
+    "loader of a stream": lambda: DataLoader(Stream(), batch_size=3),
+    "list": lambda: [X[:3], X[3:]],
+    "tuple of batches": lambda: ((X[:3], Y[:3]), (X[3:], Y[3:])),
+    "generator": lambda: (X[i : i + 2] for i in range(0, 7, 2)),
+    "named batches": lambda: [Pair(X[:3], Y[:3]), Pair(X[3:], Y[3:])],
+    "nested inputs": lambda: [(((X[:5], X[:5] + 1)), Y[:5]), ((X[5:], X[5:] + 1), Y[5:])],
+}
+
+
+def inputs_of(batch: Any) -> Tensor:
+    if isinstance(batch, dict):
+        return batch["input_ids"]
+    while not isinstance(batch, Tensor):
+        batch = batch[0]
+    return batch
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_every_example_comes_once_and_in_order(kind):
+    found = list(batches(DATA[kind]()))
+    assert torch.equal(torch.cat([inputs_of(batch) for batch in found]), X)
+    labels = [targets_of(batch) for batch in found]
+    if labels[0] is not None:
+        assert torch.equal(torch.cat(labels), Y)
+    assert sum(batch_length(batch) for batch in found) == 7
+
+
+@pytest.mark.parametrize("kind", [k for k in DATA if k not in ("stream", "generator", "loader of a stream")])  # fmt: skip # noqa: E501
+def test_the_number_of_examples_is_known_before_they_are_read(kind):
+    assert example_count(DATA[kind]()) == 7
+
+
+@pytest.mark.parametrize("kind", ["stream", "generator", "loader of a stream"])
+def test_the_number_of_examples_of_a_stream_is_not_known(kind):
+    assert example_count(DATA[kind]()) is None
+
+
+def test_the_number_of_examples_of_a_loader_is_that_of_its_sampler():
+    dataset = TensorDataset(X, Y)
+    assert example_count(DataLoader(dataset, batch_size=2, drop_last=True)) == 6
+    weighted = WeightedRandomSampler(torch.ones(7), 4)
+    assert example_count(DataLoader(dataset, batch_size=2, sampler=weighted)) == 4
+    by_batches = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
+    loader = DataLoader(dataset, batch_sampler=by_batches)
+    assert example_count(loader) is None
+    assert len(list(batches(loader))) == 4
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "dataset", "stream", "subset"])
+def test_data_that_is_not_in_batches_is_cut_into_some(kind):
+    sizes = [batch_length(batch) for batch in batches(DATA[kind](), batch_size=3)]
+    assert sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize("kind", ["loader", "list", "generator", "tuple of batches"])
+def test_a_batch_size_for_data_in_batches_is_refused(kind):
+    with pytest.raises(ValueError, match=r"batch_size=3 was given, .* in batches already; leave"):
+        list(batches(DATA[kind](), batch_size=3))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])
+def test_a_batch_size_is_a_positive_integer(batch_size):
+    with pytest.raises(ValueError, match=f"positive integer, got {batch_size!r}"):
+        check_data(X, batch_size)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.zeros(0, 3),
+        (torch.zeros(0, 3), torch.zeros(0)),
+        TensorDataset(torch.zeros(0, 3)),
+        DataLoader(TensorDataset(torch.zeros(0, 3))),
+        [],
+        (),
+        {},
+        [torch.zeros(0, 3)],
+        iter([]),
+        iter([torch.zeros(0, 3)]),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_empty_data_is_refused(data):
+    with pytest.raises(ValueError, match="data is empty"):
+        list(batches(data))
+
+
+def test_empty_batches_among_others_are_left_out():
+    assert [len(x) for x in batches([X[:3], X[:0], X[3:]])] == [3, 4]
+
+
+@pytest.mark.parametrize("data", [None, 5, "data.csv", b"data", nn.Linear(2, 2), len])
+def test_what_is_no_data_is_refused(data):
+    with pytest.raises(TypeError, match=f"data must be a Dataset, .* got {type(data).__name__}"):
+        list(batches(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((X, Y[:5]), r"as many rows; got \(a tensor of shape \[7, 2\], a tensor of shape \[5\]\)"),
+        ({"a": X, "b": Y[:5]}, r"got \{a: a tensor of shape \[7, 2\], b: a tensor"),
+        (torch.tensor(3.0), r"got a tensor of shape \[\]"),
+        ([(X, Y[:5])], "as many rows"),
+        ([1, 2, 3], "got a int"),
+        (iter(["text"]), "got a str"),
+        (np.zeros((3, 2)), "got a ndarray"),
+        ([(X, torch.tensor(1))], "one row per example"),
+    ],
+)
+def test_batches_without_a_common_length_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        list(batches(data))
+
+
+def test_a_batch_is_cut_in_its_own_structure():
+    names = [f"{i}.png" for i in range(7)]
+    batch = {"images": (X, X + 1), "labels": Y, "names": names, "constant": 3}
+    part = slice_batch(batch, 2, 5)
+    assert torch.equal(part["images"][1], X[2:5] + 1)
+    assert part["names"] == ["2.png", "3.png", "4.png"]
+    assert part["constant"] == 3
+    named = slice_batch(Pair(X, Y), 1, 3)
+    assert isinstance(named, Pair)
+    assert torch.equal(named.label, Y[1:3])
+    assert isinstance(slice_batch([X, Y], 1, 3), list)
+
+
+def test_examples_are_taken_in_any_order():
+    index = torch.tensor([3, 0, 6])
+    for batch in [X, (X, Y), {"x": X, "y": (Y, [X])}, Pair(X, Y)]:
+        assert (
+            torch.equal(inputs_of(take({"input_ids": batch}, index)["input_ids"]), X[index])
+            if (isinstance(batch, Tensor))
+            else type(take(batch, index)) is type(batch)
+        )
+    assert torch.equal(take(Pair(X, Y), index).label, index)
+
+
+def test_a_batch_is_moved_in_its_own_structure():
+    batch = {"x": (X, [Y]), "names": "text"}
+    moved = move_batch(batch, torch.device("meta"))
+    assert moved["x"][0].is_meta
+    assert moved["x"][1][0].is_meta
+    assert moved["names"] == "text"
+    assert isinstance(move_batch(Pair(X, Y), torch.device("meta")), Pair)
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor", "tuple", "mapping", "named tuple", "dataset", "subset", "loader"]
+)
+def test_data_that_can_be_permuted_comes_in_the_order_asked_for(kind):
+    data = DATA[kind]()
+    assert permutable(data)
+    assert order_length(data) == 7
+    order = torch.randperm(7)
+    found = torch.cat([inputs_of(batch) for batch in batches(data, order=order)])
+    assert torch.equal(found, X[order])
+
+
+def test_a_part_of_the_data_may_be_asked_for():
+    for data in (X, TensorDataset(X), DataLoader(TensorDataset(X), batch_size=2)):
+        found = torch.cat([inputs_of(b) for b in batches(data, order=torch.tensor([5, 1, 2]))])
+        assert torch.equal(found, X[[5, 1, 2]])
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "stream", "loader of a stream"])
+def test_streams_cannot_be_permuted(kind):
+    assert not permutable(DATA[kind]())
+
+
+def test_a_loader_is_permuted_only_where_it_visits_every_example_once():
+    dataset = TensorDataset(X, Y)
+    assert permutable(DataLoader(dataset, shuffle=True))
+    for sampler in (
+        RandomSampler(dataset, replacement=True),
+        RandomSampler(dataset, num_samples=3),
+        WeightedRandomSampler(torch.ones(7), 7),
+    ):
+        assert not permutable(DataLoader(dataset, sampler=sampler))
+    own = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
+    assert permutable(DataLoader(dataset, batch_sampler=own))
+    assert not permutable(DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]]))
+
+
+def test_labels_are_found_where_they_usually_are():
+    assert targets_of({"x": X, "label": Y}) is Y
+    assert targets_of({"x": X, "labels": Y, "label": X}) is Y
+    assert targets_of({"x": X}) is None
+    assert targets_of((X, Y)) is Y
+    assert targets_of([X, Y]) is Y
+    assert targets_of((X,)) is None
+    assert targets_of((X, "text")) is None
+    assert targets_of(X) is None
+
+
+def test_padding_is_what_the_attention_mask_leaves_out():
+    mask = torch.tensor([[1, 1, 0]])
+    assert padding_mask_of({"attention_mask": mask}).tolist() == [[True, True, False]]
+    assert padding_mask_of({"attention_mask": mask[None]}) is None
+    assert padding_mask_of({"x": X}) is None
+    assert padding_mask_of((X, Y)) is None
+
+
+class Recorder(nn.Module):
+    """Keeps what it was called with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.called = (args, kwargs)
+        return X
+
+
+@pytest.mark.parametrize(
+    ("batch", "args", "kwargs"),
+    [
+        (X, (X,), {}),
+        ((X, Y), (X,), {}),
+        ([X, Y], (X,), {}),
+        ((X,), (X,), {}),
+        (((X, Y), Y), (X, Y), {}),
+        ({"x": X, "labels": Y}, (), {"x": X}),
+        ({"x": X, "label": Y}, (), {"x": X}),
+        (({"x": X, "z": Y}, Y), (), {"x": X, "z": Y}),
+    ],
+)
+def test_the_model_is_called_with_the_inputs_alone(batch, args, kwargs):
+    model = Recorder()
+    assert call(model, batch, None) is X
+    assert all(a is b for a, b in zip(model.called[0], args, strict=True))
+    assert model.called[1].keys() == kwargs.keys()
+    assert all(value is kwargs[key] for key, value in model.called[1].items())
+
+
+def test_a_batch_of_three_needs_to_be_told_how():
+    with pytest.raises(ValueError, match=r"got 3 values: pass forward=lambda model, batch"):
+        call(Recorder(), (X, X, Y), None)
+    assert call(Recorder(), (X, X, Y), lambda model, batch: model(batch[0])) is X
+
+
+def test_the_scores_of_a_hugging_face_output_are_taken():
+    forward = lambda model, batch: batch  # noqa: E731
+    assert call(Recorder(), {"loss": 1, "logits": X, "last_hidden_state": Y}, forward) is X
+    assert call(Recorder(), {"last_hidden_state": X, "pooler_output": Y}, forward) is X
+    with pytest.raises(TypeError, match="output is a dict, not a tensor"):
+        call(Recorder(), {"hidden": X}, forward)
+
+
+def test_batches_are_described_in_words():
+    assert describe({"x": (X, [Y]), "n": 3}) == (
+        "{x: (a tensor of shape [7, 2], (a tensor of shape [7])), n: a int}"
+    )

@@ -1,0 +1,511 @@
+"""The grid forward: one pass, its cross-check and fallback, memory, and the model's state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from level_by_level import ANY, DISTANCE, GRID, grid_losses, slow_losses
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import confprune
+from confprune import Loss, loss_matrix, prune_levels
+from confprune.grid import GridForward
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)
+    )
+
+
+def small_cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
+    )
+
+
+def check(model: nn.Module, data: list[Any], fallback: str | None = None, **settings: Any) -> None:
+    levels = prune_levels(model, GRID, parameters=settings.pop("parameters", None))
+    expected = slow_losses(model, data, levels, settings.get("forward"))
+    found = grid_losses(model, data, levels, fallback=fallback, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_model_runs_once_for_all_levels():
+    model = perceptron()
+    calls = 0
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model(batch)
+
+    levels = prune_levels(model, np.linspace(0, 0.99, 100))
+    data = torch.randn(200, 10)
+    losses = grid_losses(model, data, levels, forward=forward, batch_size=100)
+    assert losses.shape == (200, 100)
+    assert calls <= 15
+
+
+@pytest.mark.parametrize("levels", [1, 2, 255, 300])
+def test_grids_of_any_size(levels):
+    model = perceptron()
+    data = torch.randn(6, 10)
+    found = prune_levels(model, np.arange(levels) / levels + 0.5 / levels)
+    torch.testing.assert_close(
+        grid_losses(model, data, found), slow_losses(model, [data], found), rtol=0, atol=2e-5
+    )
+
+
+def test_the_loss_of_the_unpruned_network_is_zero():
+    model = small_cnn()
+    levels = prune_levels(model, [0.0, 0.9])
+    losses = grid_losses(model, torch.randn(20, 1, 8, 8), levels)
+    assert losses.dtype == torch.float32
+    assert losses[:, 0].max() < 1e-5
+    assert losses[:, 1].min() > 1e-3
+
+
+@pytest.mark.parametrize("activation_bytes", [1, 5_000, 100_000, 1 << 30])
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_losses_do_not_depend_on_how_levels_and_examples_are_taken(batch_size, activation_bytes):
+    for model, data in [
+        (perceptron(), torch.randn(20, 10)),
+        (small_cnn(), torch.randn(9, 1, 8, 8)),
+    ]:
+        levels = prune_levels(model, GRID)
+        settings = {"activation_bytes": activation_bytes, "batch_size": batch_size}
+        expected = slow_losses(model, [data], levels)
+        found = grid_losses(model, data, levels, **settings)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+        disagreement = loss_matrix(model, data, levels, "disagreement", progress=False, **settings)
+        whole = loss_matrix(model, data, levels, "disagreement", progress=False)
+        assert torch.equal(disagreement, whole)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes, in bytes, and how much the operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor) and not func.is_view:
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+        return result
+
+
+def largest_tensor(model: nn.Module, data: Tensor, **settings: Any) -> int:
+    levels = prune_levels(model, np.arange(100) / 100, parameters=settings.pop("parameters", None))
+    with Largest() as largest:
+        loss_matrix(model, data, levels, DISTANCE, progress=False, **settings)
+    return largest.bytes
+
+
+def test_a_grid_never_holds_copies_of_the_weights():
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 10))
+    weights = 4 * 300 * 400
+    assert largest_tensor(model, torch.randn(32, 300), activation_bytes=200_000) <= weights
+
+
+def test_weights_that_must_be_written_out_are_few_at_a_time():
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(200, 200) / 14)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,oi->bo", x, self.weight)
+
+    weight = 4 * 200 * 200
+    settings = {"parameters": ["weight"], "activation_bytes": 6 * weight}
+    # The cross-check takes three levels at once.
+    assert weight < largest_tensor(Einsum(), torch.randn(32, 200), **settings) <= 6 * weight
+
+
+@pytest.mark.parametrize("activation_bytes", [200_000, 1_000_000, 10_000_000])
+def test_activations_keep_within_their_budget(activation_bytes):
+    first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(576, 3))
+    data = torch.randn(80, 1, 8, 8)
+    found = largest_tensor(model, data, activation_bytes=activation_bytes)
+    assert activation_bytes / 40 < found <= activation_bytes
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 10)
+        self.second = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if y.sum() > 0:
+            y = -y
+        return self.second(y)
+
+
+def test_data_dependent_control_flow_is_evaluated_level_by_level():
+    check(Branching(), [torch.randn(4, 10), torch.randn(3, 10)], fallback="control flow")
+
+
+def test_a_model_may_fail_the_grid_only_later():
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y * float(y.abs().max() > -1) if len(x) == 3 else y
+
+    check(Later(), [torch.randn(n, 10) for n in (8, 3, 7)], fallback="RuntimeError")
+
+
+class OwnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+
+class Hiding(nn.Module):
+    """A layer that uses its weight also where torch functions do not see it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layer = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        if self.way == "data":
+            return self.layer(x) + F.linear(x, weight.data)
+        if self.way == "numpy":
+            return x @ torch.from_numpy(weight.detach().numpy()).t()
+        if self.way == "list":
+            return x @ torch.tensor(weight.tolist()).t()
+        if self.way == "custom function":
+            return OwnLinear.apply(x, weight)
+        seen = self.layer(x) if self.way == "seen and not" else 0
+        with torch._C.DisableTorchFunction():
+            return seen + F.linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("data", "accessing `data` under vmap"),
+        ("numpy", "Error"),
+        ("list", "RuntimeError"),
+        ("custom function", ANY),
+        ("seen and not", "differ by"),
+        ("not seen", "used 'layer.weight' where it could not be masked"),
+    ],
+)
+def test_a_hidden_use_of_a_weight_is_noticed(way, reason):
+    check(Hiding(way), [torch.randn(4, 10)], fallback=reason)
+
+
+@pytest.mark.parametrize("operator", ["aten.linear", "checkpoint", "compiled"])
+def test_uncommon_ways_to_a_weight_are_seen(operator):
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if operator == "aten.linear":
+                return torch.ops.aten.linear(x, self.layer.weight)
+            return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+    model = Other()
+    if operator == "compiled":
+        model = torch.compile(model, backend="eager")
+    check(model, [torch.randn(4, 10)], fallback=ANY if operator == "compiled" else None)
+
+
+def test_networks_that_want_contiguous_activations_get_them():
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.inner = nn.Linear(4, 6)
+            self.head = nn.Linear(6 * 16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y = y.view(len(x), 4, -1).transpose(1, 2).contiguous().view(-1, 4)
+            return self.head(self.inner(y).view(len(x), -1))
+
+    check(Viewing(), [torch.randn(5, 3, 6, 6)])
+
+
+def test_parameters_that_are_not_used_change_nothing():
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(10, 4)
+            self.auxiliary = nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    check(Unused(), [torch.randn(4, 10)], fallback=ANY)
+
+
+def test_infinite_and_nan_outputs_are_compared_in_their_places():
+    class Spoiling(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+            self.value = value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).masked_fill(torch.arange(4) == 2, self.value)
+
+    first = Loss("first", lambda y, r: (y - r.outputs)[:, 0].abs().tanh(), vmappable=True)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        model = Spoiling(value)
+        levels = prune_levels(model, GRID)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            losses = loss_matrix(model, torch.randn(4, 10), levels, first, progress=False)
+        assert losses.max() > 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 5.0])
+def test_a_grid_that_computes_something_else_is_not_trusted(value, monkeypatch):
+    real = torch.ops.confprune.grid_linear
+
+    def spoilt(x, *args):
+        y = real(x, *args)
+        return y.masked_fill(torch.arange(y.shape[-1]) == 1, value)
+
+    model = nn.Linear(10, 4)
+    data = torch.randn(6, 10)
+    levels = prune_levels(model, GRID)
+    expected = slow_losses(model, [data], levels)
+    monkeypatch.setattr(torch.ops.confprune, "grid_linear", spoilt)
+    found = grid_losses(model, data, levels, fallback="outputs")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def snapshot(model: nn.Module) -> tuple[Any, ...]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return (
+        {name: (id(t), t._version, t.detach().clone()) for name, t in tensors},
+        [module.training for module in model.modules()],
+        [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()],
+    )
+
+
+def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
+    tensors, training, gradients = snapshot(model)
+    assert training == before[1]
+    assert gradients == before[2]
+    assert tensors.keys() == before[0].keys()
+    for name, (identity, version, value) in tensors.items():
+        assert (identity, version) == before[0][name][:2], name
+        assert torch.equal(value, before[0][name][2]), name
+
+
+class Failing(nn.Module):
+    """A convolutional network that raises at one of its calls, or never."""
+
+    def __init__(self, error: BaseException | None, call: int, *, falls_back: bool) -> None:
+        super().__init__()
+        self.body = small_cnn()
+        self.error, self.call, self.calls = error, call, 0
+        self.falls_back = falls_back
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        self.calls += 1
+        if self.error is not None and self.calls > self.call:
+            raise self.error
+        if self.falls_back and y.sum() > 1e9:
+            return -y
+        return y
+
+
+@pytest.mark.parametrize("falls_back", [False, True])
+@pytest.mark.parametrize("call", [0, 2, 4, 6])
+@pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.filterwarnings("ignore:the levels are evaluated one by one")
+def test_the_model_is_left_as_it_was(error, call, falls_back):
+    model = Failing(error, call, falls_back=falls_back).train()
+    model.body[1].eval()
+    model.body[0].weight.requires_grad_(False)
+    levels = prune_levels(model, GRID)
+    before = snapshot(model)
+
+    def run() -> None:
+        loss_matrix(model, torch.randn(12, 1, 8, 8), levels, DISTANCE, batch_size=5, progress=False)
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(type(error)):
+            run()
+    assert_untouched(model, before)
+    model.error = None
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model.eval()(x), copy.deepcopy(model)(x))
+
+
+def test_gradients_are_not_recorded():
+    model = perceptron()
+    x = torch.randn(6, 10, requires_grad=True)
+    losses = grid_losses(model, [x], prune_levels(model, GRID))
+    assert not losses.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_levels_of_another_model_are_refused():
+    levels = prune_levels(nn.Linear(10, 4), GRID)
+    with pytest.raises(ValueError, match="no parameter 'weight'"):
+        loss_matrix(perceptron(), torch.randn(4, 10), levels, DISTANCE, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda model, x: model(x).sum(), r"shape \[\] for a batch of 4 .* pass forward="),
+        (lambda model, x: model(x).t(), r"shape \[4, 4\]|shape \[3, 4\]"),
+    ],
+)
+def test_outputs_without_a_batch_are_refused(forward, message):
+    model = nn.Linear(10, 3)
+    with pytest.raises(ValueError, match=message):
+        loss_matrix(model, torch.randn(9, 10), prune_levels(model, GRID), DISTANCE, forward=forward)
+
+
+@pytest.mark.parametrize("output", [(1, 2), {"hidden": 3}, None, "text"])
+def test_outputs_that_are_no_tensor_are_refused(output):
+    model = nn.Linear(10, 3)
+    with pytest.raises(TypeError, match=f"is a {type(output).__name__}, not a tensor .* forward="):
+        loss_matrix(
+            model,
+            torch.randn(9, 10),
+            prune_levels(model, GRID),
+            DISTANCE,
+            forward=lambda model, x: output,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda y, r: y.sum(), r"returned \[\] for 4 examples"),
+        (lambda y, r: y, r"returned \[4, 3\] for 4 examples"),
+        (lambda y, r: 0.5, "returned float for 4 examples"),
+        (lambda y, r: y[:, 0] * 0 + 1.5, "is 1.5 for example 0 at level 0 .*must be in"),
+        (lambda y, r: y[:, 0] * 0 - 0.1, "is -0.1 for example 0 at level 0"),
+        (lambda y, r: y[:, 0] * torch.nan, r"is nan for example 0 at level 0 \(sparsity 0\)"),
+    ],
+)
+@pytest.mark.parametrize("vmappable", [False, True])
+def test_what_is_no_loss_is_refused(loss, message, vmappable):
+    model = nn.Linear(10, 3)
+    with pytest.raises(ValueError, match="loss 'mine' " + message):
+        loss_matrix(
+            model,
+            torch.randn(9, 10),
+            prune_levels(model, GRID),
+            Loss("mine", loss, vmappable=vmappable),
+            progress=False,
+        )
+
+
+def test_a_loss_that_fails_at_some_level_is_told_with_example_and_level():
+    def spoilt(outputs: Tensor, reference: confprune.Reference) -> Tensor:
+        losses = (outputs - reference.outputs).abs().sum(-1).clamp(max=1)
+        return torch.where(outputs.abs().sum(-1) == 0, torch.nan, losses)
+
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.ones_(model.weight)
+    x = torch.zeros(10, 3)
+    x[:, 0] = 1
+    x[7] = torch.tensor([0.0, 0.0, 1.0])
+    x[:, 2] = 1
+    x[7, 2] = 0
+    x[7, 1] = 1
+    levels = prune_levels(model, [0.0, 0.34, 0.67])
+    with pytest.raises(
+        ValueError, match=r"'spoilt' is nan for example 7 at level 2 \(sparsity 0.67"
+    ):
+        loss_matrix(model, x, levels, spoilt, batch_size=3, progress=False)
+
+
+def test_a_loss_may_leave_its_range_by_rounding_only():
+    model = nn.Linear(3, 2)
+    levels = prune_levels(model, [0.5])
+    loss = Loss("nearly", lambda y, r: torch.full((len(y),), 1 + 1e-6))
+    assert loss_matrix(model, torch.randn(5, 3), levels, loss, progress=False).unique() == 1.0
+
+
+@pytest.mark.parametrize("budget", [0, -5])
+def test_a_budget_must_be_positive(budget):
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=f"activation_bytes must be positive, got {budget}"):
+        loss_matrix(
+            model, torch.randn(5, 3), prune_levels(model, GRID), DISTANCE, activation_bytes=budget
+        )
+
+
+def test_the_reason_of_a_fallback_is_kept():
+    model = Branching()
+    grid = GridForward(model, prune_levels(model, GRID), [DISTANCE])
+    with pytest.warns(UserWarning, match="one by one"):
+        grid.evaluate(torch.randn(3, 10), range(len(GRID)))
+    assert "control flow" in grid.fallback
+
+
+def test_only_some_levels_may_be_asked_for():
+    model = small_cnn().eval()
+    x = torch.randn(5, 1, 8, 8)
+    levels = prune_levels(model, GRID)
+    every = GridForward(model, levels, [DISTANCE]).evaluate(x, range(len(GRID)))
+    some = GridForward(model, levels, [DISTANCE]).evaluate(x, [1, 4, 5])
+    torch.testing.assert_close(some, every[..., [1, 4, 5]])
+
+
+def test_several_losses_are_computed_of_one_pass():
+    model = perceptron().eval()
+    levels = prune_levels(model, GRID)
+    x = torch.randn(8, 10)
+    losses = [DISTANCE, *(confprune.losses.resolve_loss(n) for n in ("disagreement", "cosine"))]
+    together = GridForward(model, levels, losses).evaluate(x, range(len(GRID)))
+    for one, values in zip(losses, together, strict=True):
+        assert torch.equal(values, loss_matrix(model, x, levels, one, progress=False))
+
+
+def test_a_progress_bar_is_shown_unless_told_otherwise(capsys):
+    model = nn.Linear(3, 2)
+    levels = prune_levels(model, [0.5])
+    loss_matrix(model, torch.randn(5, 3), levels, DISTANCE, progress=False)
+    assert capsys.readouterr() == ("", "")
+    loss_matrix(model, torch.randn(5, 3), levels, DISTANCE)
+    assert "5/5" in capsys.readouterr().err
