@@ -158,22 +158,17 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
 
 def take(batch: Any, index: Tensor) -> Any:
     """The examples of a batch at `index` [m], in that order, in the batch's structure."""
-    if isinstance(batch, Tensor):
-        return batch[index.to(batch.device)]
-    if isinstance(batch, Mapping):
-        return {key: take(value, index) for key, value in batch.items()}
-    return _like(batch, [take(value, index) for value in batch])
+    return _mapped(batch, lambda tensor: tensor[index.to(tensor.device)])
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: move_batch(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return _like(batch, [move_batch(value, device) for value in batch])
-    return batch
+    return _mapped(batch, lambda tensor: tensor.to(device))
+
+
+def copy_batch(batch: Any) -> Any:
+    """The batch with copies of its tensors."""
+    return _mapped(batch, Tensor.clone)
 
 
 def targets_of(batch: Any) -> Tensor | None:
@@ -276,6 +271,17 @@ def _is_whole(data: Any) -> bool:
     if isinstance(data, Mapping):
         return bool(data) and all(isinstance(value, Tensor) for value in data.values())
     return isinstance(data, tuple) and bool(data) and all(isinstance(v, Tensor) for v in data)
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor replaced, in its own structure."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return _like(batch, [_mapped(value, function) for value in batch])
+    return batch
 
 
 def _like(batch: Any, values: list[Any]) -> Any:

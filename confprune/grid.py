@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from confprune.batches import Forward, batch_length, call, padding_mask_of, slice_batch, targets_of
+from confprune.batches import (
+    Forward,
+    batch_length,
+    call,
+    copy_batch,
+    padding_mask_of,
+    slice_batch,
+    targets_of,
+)
 from confprune.grid_mode import GridMode, Layer
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
@@ -236,7 +244,8 @@ class _Network(nn.Module):
         self.device = next(model.parameters()).device
 
     def forward(self, batch: Any) -> Tensor:
-        return call(self.model, batch, self._forward)
+        # A copy, because some models work on their inputs in place, and this batch is used again.
+        return call(self.model, copy_batch(batch), self._forward)
 
     def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
         """The outputs with some parameters replaced, tied ones everywhere."""

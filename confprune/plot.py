@@ -263,5 +263,6 @@ def _describe(axes: Axes, certificate: Certificate) -> None:
     if certificate.parts:
         axes.set_ylabel("Risk relative to its α", fontsize=9)
     else:
-        axes.set_ylabel(f"Expected {loss_text(certificate)} (0 to 1)", fontsize=9)
+        label = f"Expected {loss_text(certificate)} (0 to 1)"
+        axes.set_ylabel(textwrap.fill(label, 56), fontsize=9)
     clean(axes)
