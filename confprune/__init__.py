@@ -17,6 +17,7 @@ from confprune.certificate import Certificate, VerificationError
 from confprune.levels import PruneLevels, prune_levels
 from confprune.losses import Loss, Reference
 from confprune.risk.looks import LookPlan
+from confprune.risk.planning import simulate
 from confprune.risks import Risk, confident
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "losses",
     "prune_levels",
     "risk",
+    "simulate",
 ]

@@ -18,6 +18,7 @@ from confprune.files import written_whole
 from confprune.fingerprint import difference, fingerprint
 from confprune.levels import PruneLevels, levels_of
 from confprune.parameters import DTYPES
+from confprune.promise import promise
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
@@ -168,9 +169,7 @@ def _record(certificate: Certificate) -> dict[str, str]:
     return {
         "confprune.sparsity": repr(certificate.sparsity),
         "confprune.certified": str(certificate.certified).lower(),
-        "confprune.loss": certificate.loss,
-        "confprune.alpha": repr(certificate.alpha),
-        "confprune.delta": repr(certificate.delta),
+        "confprune.promise": promise(certificate),
         "confprune.version": confprune.__version__,
     }
 

@@ -101,6 +101,8 @@ def _check_looks(certificate: Certificate) -> None:
         raise ValueError(
             f"looks: the last is at {looks.sizes[-1]} examples, but n is {certificate.n}"
         )
+    if looks.order == "permuted" and certificate.seed is None:
+        raise ValueError("looks: the order is permuted, but seed is missing")
     spent = math.fsum(looks.spending)
     if certificate.delta is None or spent > certificate.delta * (1 + 1e-12):
         raise ValueError(f"looks: {spent:g} is spent in all, more than delta")

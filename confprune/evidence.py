@@ -129,7 +129,7 @@ class Looks:
             raise ValueError(f"looks: sizes must increase from at least 1, got {list(sizes)}")
         if len(self.spending) != len(sizes):
             raise ValueError(
-                f"looks: {len(self.spending)} values of spending for {len(sizes)} sizes"
+                f"looks: spending has {len(self.spending)} values for {len(sizes)} sizes"
             )
         check_unit("looks: spending", self.spending)
         if not all(0 <= count <= sizes[-1] for count in self.seen):

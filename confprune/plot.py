@@ -91,7 +91,7 @@ def plot_certificate(
     below = []
     if certificate.acceptance is not None:
         below.append(draw_acceptance)
-    if certificate.looks is not None:
+    if certificate.looks is not None and len(certificate.looks.sizes) > 1:
         below.append(draw_examples)
     many = len(certificate.parts) > MOST_CURVES
     size = (11.6 if many else 7.6, 5.0 + 0.9 * len(below))
@@ -228,6 +228,8 @@ def _mark_certified(axes: Axes, certificate: Certificate) -> None:
     height = y + 0.18 * top if leftward else y / 2
     # The text must not lie on the line of alpha; what binds takes a third line.
     room = (0.1 if certificate.binding is None else 0.15) * top
+    if certificate.binding is not None:
+        height = max(height, 0.7 * room)
     if abs(height - alpha) < 0.8 * room:
         height = alpha + (room if leftward else -room)
     height = min(height, top - room)

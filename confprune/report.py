@@ -28,7 +28,7 @@ MOST_PARTS = 12
 """Parts that are all listed; of more, only the `CLOSEST_PARTS` closest to their alpha."""
 CLOSEST_PARTS = 8
 MOST_LOOKS = 6
-LONGEST_NAME = 32
+LONGEST_NAME = 28
 
 
 def report(certificate: Certificate) -> str:
@@ -59,7 +59,7 @@ def report(certificate: Certificate) -> str:
         _wrap(promise(certificate)),
         _wrap(_foundation(certificate)),
     ]
-    if certificate.looks is not None:
+    if certificate.looks is not None and len(certificate.looks.sizes) > 1:
         paragraphs.append(_wrap(_early_looks(certificate)))
     paragraphs.append(_levels(certificate))
     if len(certificate.parts) > 1:

@@ -1,9 +1,13 @@
 """The command line, as a user runs it."""
 
+import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import confprune
-from confprune.cli import main
+from confprune.arguments import parser
+from confprune.cli import COMMANDS, main
 
 PROJECT = '''
 import os
@@ -54,6 +59,19 @@ def with_random_labels():
     return inputs(), torch.randint(0, 4, (300,))
 
 
+def labelled():
+    torch.manual_seed(2)
+    return torch.randn(300, 16), torch.arange(300) % 2
+
+
+def batches():
+    return [inputs()[:150], inputs()[150:]]
+
+
+def halves(batch):
+    return ["positive" if first > 0 else "negative" for first in batch[:, 0]]
+
+
 def tokens():
     torch.manual_seed(2)
     return torch.randint(0, 12, (300, 5))
@@ -87,8 +105,11 @@ wrong_size = torch.zeros(300, 3)
 number = 3
 '''
 
-CALIBRATE = ["calibrate", "--alpha=0.1", "--delta=0.1", "--loss=disagreement", "--quiet"]
 MODEL, DATA = "--model=project:model", "--data=project:inputs"
+LABELLED = "--data=project:labelled"
+ONE_RISK = ["--alpha=0.1", "--loss=disagreement"]
+CALIBRATE = ["calibrate", *ONE_RISK, "--delta=0.1", "--quiet"]
+PLAN = ["plan", "--alpha=0.05", "--delta=0.1"]
 
 
 @pytest.fixture
@@ -204,6 +225,8 @@ def test_nothing_certified_is_exit_code_3_and_leaves_a_full_network(folder, proj
     )
     assert run.returncode == 3, run.stderr
     assert "Nothing is certified" in run.stdout
+    assert run.stderr.startswith("confprune calibrate: warning: nothing was certified")
+    assert len(run.stderr.splitlines()) == 1
     assert not confprune.Certificate.load("out/certificate.json").certified
     full = project.model().state_dict()
     written = load_file("out/pruned.safetensors")
@@ -231,12 +254,21 @@ def test_interruption_is_exit_code_130_and_leaves_files_as_they_were(folder):
     assert (folder / "out/certificate.json").read_text() == "of last time"
 
 
-@pytest.mark.parametrize("command", ["demo", "calibrate", "prune", "report"])
-def test_help_has_an_example(command, capsys):
+@pytest.mark.parametrize("command", ["demo", "plan", "calibrate", "prune", "report"])
+def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert f"example:\n  confprune {command} " in capsys.readouterr().out
+    examples = re.split(r"examples?:\n", capsys.readouterr().out)[1].replace("\\\n", "")
+    for example in examples.strip().splitlines():
+        assert parser().parse_args(shlex.split(example)[1:]).command == command
+
+
+def test_every_option_has_help():
+    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(commands.choices) == set(COMMANDS)
+    for command in commands.choices.values():
+        assert all(action.help for action in command._actions)
 
 
 def test_version_is_the_packages():
@@ -275,6 +307,105 @@ def test_loss_may_be_a_function_of_ones_own(folder, capsys):
     loss = "--loss=project:never_disagrees"
     assert main([*CALIBRATE, MODEL, DATA, loss, "--sparsities=0.5,0.9", "--out=out"]) == 0
     assert confprune.Certificate.load("out/certificate.json").sparsity == 0.9
+
+
+def calibrated(*arguments):
+    """The certificate that the command line writes, with the promise given in full."""
+    assert main(["calibrate", MODEL, "--quiet", "--out=out", *arguments]) == 0
+    return confprune.Certificate.load("out/certificate.json")
+
+
+def test_looks_are_early_unless_switched_off(folder, capsys):
+    arguments = [*ONE_RISK, "--delta=0.1", DATA]
+    assert calibrated(*arguments).looks.saved > 0
+    assert calibrated(*arguments, "--looks=none").looks is None
+
+
+def test_several_risks_are_kept_at_once(folder, capsys):
+    risks = ["--risk=disagreement=0.2", "--risk=project:never_disagrees=0.1"]
+    certificate = calibrated(*risks, "--delta=0.1", DATA)
+    assert [(part.loss, part.alpha) for part in certificate.parts] == [
+        ("disagreement", 0.2),
+        ("never_disagrees", 0.1),
+    ]
+    assert "expected disagreement" in metadata("out/pruned.safetensors")["confprune.promise"]
+    assert "never_disagrees" in metadata("out/pruned.safetensors")["confprune.promise"]
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "names"),
+    [
+        (LABELLED, "targets", ["0", "1"]),
+        (DATA, "project:halves", ["negative", "positive"]),
+    ],
+)
+def test_groups_are_a_key_or_a_function(folder, capsys, data, key, names):
+    certificate = calibrated(*ONE_RISK, "--delta=0.1", data, f"--groups={key}")
+    assert [part.group for part in certificate.parts] == names
+
+
+@pytest.mark.parametrize(("option", "whose"), [([], "full"), (["--accept-of=pruned"], "pruned")])
+def test_confident_predictions_alone_may_count(folder, capsys, option, whose):
+    certificate = calibrated(*ONE_RISK, "--delta=0.1", DATA, "--accept-confidence=0.3", *option)
+    assert certificate.accept == f"confidence of the {whose} network >= 0.3"
+
+
+def test_guarantee_in_expectation_has_no_delta(folder, capsys):
+    certificate = calibrated(*ONE_RISK, DATA, "--guarantee=expectation")
+    assert (certificate.guarantee, certificate.delta) == ("expectation", None)
+
+
+def test_guarantee_of_the_monotone_risk(folder, capsys):
+    certificate = calibrated(*ONE_RISK, "--delta=0.1", DATA, "--guarantee=monotone")
+    assert certificate.procedure == "rcps"
+
+
+@pytest.mark.parametrize(
+    "scopes", [["--scope", "global", "layer"], ["--scope=global", "--scope=layer"]]
+)
+def test_of_several_scopes_the_best_is_taken(folder, capsys, scopes):
+    certificate = calibrated(*ONE_RISK, "--delta=0.1", DATA, *scopes)
+    assert certificate.procedure == "split_fixed_sequence"
+    assert "magnitude (global), magnitude (layer)" in " ".join(certificate.notes)
+
+
+def test_an_order_is_taken_for_random_when_told_so(folder, capsys):
+    arguments = [*ONE_RISK, "--delta=0.1", "--data=project:batches"]
+    assert calibrated(*arguments).looks is None
+    capsys.readouterr()
+    assert calibrated(*arguments, "--order=given").looks.order == "given"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("confprune calibrate: warning: the order of the examples")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --loss and --alpha, or --risk"),
+        (["--loss=error", "--delta=0.1"], "give --loss and --alpha, or --risk"),
+        ([*ONE_RISK, "--risk=harm=0.1", "--delta=0.1"], "--risk LOSS=ALPHA takes the place"),
+        (["--risk=harm", "--delta=0.1"], "argument --risk: must read LOSS=ALPHA"),
+        (["--risk=harm=2", "--delta=0.1"], "argument --risk: must be a number between 0 and 1"),
+        (["--risk=harm=0.1", "--risk=harm=0.2", "--delta=0.1"], "'harm' twice"),
+        ([*ONE_RISK], "give --delta"),
+        ([*ONE_RISK, "--delta=0.1", "--guarantee=expectation"], "leave --delta out"),
+        ([*ONE_RISK, "--guarantee=hope"], "argument --guarantee: invalid choice"),
+        (
+            [*ONE_RISK, "--delta=0.1", "--guarantee=monotone", "--groups=targets"],
+            "leave out groups",
+        ),
+        ([*ONE_RISK, "--delta=0.1", "--accept-of=pruned"], "--accept-of goes with"),
+        ([*ONE_RISK, "--delta=0.1", "--accept-confidence=1"], "argument --accept-confidence"),
+        ([*ONE_RISK, "--delta=0.1", "--groups=age"], "groups='age' names a key"),
+        ([*ONE_RISK, "--delta=0.1", "--groups=project:nothing"], "--groups project:nothing was"),
+        ([*ONE_RISK, "--delta=0.1", "--looks=often"], "argument --looks: invalid choice"),
+        ([*ONE_RISK, "--delta=0.1", "--scope", "global", "wide"], "scope"),
+    ],
+)
+def test_contradictions_are_refused(folder, capsys, arguments, message):
+    before = files(folder)
+    assert message in refusal(capsys, "calibrate", MODEL, DATA, "--quiet", "--out=out", *arguments)
+    assert files(folder) == before
 
 
 def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):
@@ -330,6 +461,92 @@ def test_weights_of_another_model_are_refused(folder, capsys):
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["calibrate"], ["prune", "a", "--out=b"]])
 def test_bad_usage_is_one_line(capsys, arguments):
     assert "--help" in refusal(capsys, *arguments)
+
+
+# plan
+
+
+def test_plan_says_what_a_guess_leads_to(capsys):
+    run = confprune_process(*PLAN, "--risks=0:0.001,0.5:0.01,0.9:0.2", "--n=1000", "--wished=0.55")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    expected = re.search(r"expected certified sparsity +(\S+)", run.stdout).group(1)
+    needed = re.search(r"for sparsity 0.550 +(\d+) examples", run.stdout).group(1)
+    # The risk reaches 0.05 at 0.584.
+    assert 0.5 < float(expected) < 0.584
+    assert int(needed) > 1000
+    rows = np.array([line.split() for line in run.stdout.split("probability\n")[1].splitlines()])
+    sparsities, risks, probabilities = rows.astype(float).T
+    assert np.allclose(risks, np.interp(sparsities, [0, 0.5, 0.9], [0.001, 0.01, 0.2]), atol=1e-4)
+    assert np.all(np.diff(probabilities) <= 0)
+    assert 2 <= len(rows) <= 9
+
+
+@pytest.mark.parametrize("name", ["pilot.npy", "pilot.csv"])
+def test_plan_starts_from_a_pilot_sample(folder, capsys, name):
+    losses = np.zeros((50, 3))
+    losses[:1, 1] = losses[:25, 2] = 0.5
+    if name.endswith("npy"):
+        np.save(name, losses.astype(np.float32))
+    else:
+        np.savetxt(name, losses, delimiter=",")
+    arguments = [f"--losses={name}", "--sparsities=0,0.5,0.9", "--n=300", "--looks=none"]
+    assert main([*PLAN, *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "expected certified sparsity     0.500" in output
+    assert "100.0% of examples x levels" in output
+    assert "0.900  0.2500                       0.000" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--n=1000", "--wished=0.8"], "for sparsity 0.800              no number of examples"),
+        (["--n=44"], "At least 45 examples are needed"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_exit_code_3(capsys, arguments, text):
+    assert main([*PLAN, "--risks=0.3:0.001,0.9:0.2", *arguments]) == 3
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --risks --losses is required"),
+        (["--risks=0:0.1", "--losses=a.npy"], "not allowed with"),
+        (["--risks=0.1"], "argument --risks: must read SPARSITY:RISK"),
+        (["--risks=0:2"], "argument --risks: must be a risk from 0 to 1"),
+        (["--risks=1:0.1"], "argument --risks: must be a sparsity"),
+        (["--risks=0.9:0.1,0.5:0"], "sparsities"),
+        (["--risks=0.2:0,0.5:0.1", "--sparsities=0.1:0.5:3"], "from sparsity 0.2 to 0.5"),
+        (["--risks=0.2:0,0.5:0.1", "--sparsities=0.3,0.6"], "from sparsity 0.2 to 0.5"),
+        (["--risks=0.011:0,0.012:0.1"], "from sparsity 0.011 to 0.012"),
+        (["--risks=0:0,0.9:0.1", "--procedure=graphical"], "graphical"),
+        (["--risks=0:0,0.9:0.1", "--pvalue=best"], "pvalue"),
+        (["--risks=0:0,0.9:0.1", "--draws=0"], "argument --draws"),
+        (["--risks=0:0,0.9:0.1", "--wished=1"], "argument --wished"),
+        (["--losses=missing.npy"], "there is no file missing.npy"),
+        (["--losses=project.py"], "project.py is neither .npy nor .csv"),
+        (["--losses=text.npy"], "text.npy is not a matrix of losses"),
+        (["--losses=empty.npy"], "empty.npy is not a matrix of losses"),
+        (["--losses=header.csv"], "header.csv is not a matrix of losses"),
+        (["--losses=large.csv"], "large.csv is not a matrix of losses: losses must lie in [0, 1]"),
+        (["--losses=curve.npy"], "curve.npy is not a matrix of losses: losses must be [n, K]"),
+        (["--losses=pilot.csv"], "pilot.csv has 2 columns for 100 sparsities"),
+    ],
+)
+def test_plan_refuses(folder, capsys, arguments, message):
+    for name, text in (
+        ("text.npy", "losses"),
+        ("empty.npy", ""),
+        ("header.csv", "0.5,0.9\n0,1\n"),
+        ("large.csv", "0,7\n"),
+        ("pilot.csv", "0,1\n0,0\n"),
+    ):
+        (folder / name).write_text(text)
+    np.save("curve.npy", np.zeros(3))
+    assert message in refusal(capsys, *PLAN, "--n=500", *arguments)
 
 
 # prune

@@ -330,7 +330,7 @@ def test_narrower_instruction_sets_compute_the_same(instruction_set):
     )
     run = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"CONFPRUNE_ISA": instruction_set},
+        env=os.environ | {"CONFPRUNE_ISA": instruction_set, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

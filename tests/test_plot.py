@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
+from certificates import certify, controlled, of_parts, part
 
-from confprune.certificate import Certificate
+from confprune.certificate import Certificate, Looks
 from confprune.plot import plot_certificate
 
 
@@ -61,6 +63,134 @@ def test_the_picture_shows_risk_bound_alpha_and_the_certified_point():
     assert "(0 to 1)" in axes.get_ylabel()
 
 
+def several(count: int, levels: int = 8, **fields) -> Certificate:
+    """Groups of which only the last fails, at the last level; before that it has no loss."""
+    sums = [[0.0] * (levels - 2) + [1 + p % 3, 1 + p % 3] for p in range(count)]
+    sums[-1][-2:] = [0, 90]
+    return of_parts(*(part(one, 100, group=str(p)) for p, one in enumerate(sums)), **fields)
+
+
+def styles_of(axes) -> list[tuple]:
+    return [
+        (line.get_linestyle(), line.get_marker(), line.get_markerfacecolor() == "white")
+        for line in axes.lines
+        if not line.get_label().startswith("_") and len(line.get_xdata())
+    ]
+
+
+def test_a_few_risks_are_drawn_relative_to_their_alphas_each_in_its_style():
+    certificate = of_parts(
+        part([0, 5, 20], 300, loss="disagreement", alpha=0.1),
+        part([0, 1, 30], 300, loss="harm", alpha=0.03),
+        part([0, 3, 6], 300, loss="error", alpha=0.2),
+        part([0, 1, 2], 300, loss="dice", alpha=0.4),
+        n=300,
+    )
+    figure = plot_certificate(certificate, test_risks=[0, 0.03, 0.06])
+    assert len(figure.axes) == 1
+    lines = lines_of(figure)
+    np.testing.assert_allclose(lines["harm (binds)"][1], np.array([0, 1, 30]) / 300 / 0.03)
+    np.testing.assert_allclose(lines["error"][1], np.array([0, 3, 6]) / 300 / 0.2)
+    np.testing.assert_allclose(lines["what binds, on held-out data"][1], [0, 1, 2])
+    np.testing.assert_allclose(lines["upper bound on what binds, each level at 90 %"][1],
+                               np.array(certificate.bounds) / 0.03)  # fmt: skip
+    styles = styles_of(figure.axes[0])
+    assert len(set(styles)) == len(styles) >= 6
+    assert "α of each risk" in texts_of(figure)
+    assert "50.0 % certified\nbinding: harm\nrisk 0.0033, bound 0.0533" in texts_of(figure)
+    assert figure.axes[0].get_ylabel() == "Risk relative to its α"
+
+
+def test_of_many_risks_the_one_that_binds_stands_out_and_each_has_a_row():
+    certificate = several(10)
+    figure = plot_certificate(certificate)
+    main, rows = figure.axes
+    lines = {line.get_label(): line for line in main.lines}
+    grey = lines["the other 9 risks"]
+    assert lines["disagreement, group 9 (binds)"].get_linewidth() > 2 * grey.get_linewidth()
+    assert sum(line.get_color() == grey.get_color() for line in main.lines) == 9
+    names = [label.get_text() for label in rows.get_yticklabels()]
+    assert names[0] == "binds ▸ group 9"
+    assert [label.get_fontweight() for label in rows.get_yticklabels()].count("bold") == 1
+    bounds, risks = (np.array(line.get_xdata()) for line in rows.lines[:2])
+    assert (np.diff(bounds) >= 0).all()
+    at = certificate.level
+    by_name = {f"group {part.group}": part for part in certificate.parts}
+    for name, bound, risk in zip(names, bounds, risks, strict=True):
+        part_of_row = by_name[name.removeprefix("binds ▸ ")]
+        assert (bound, risk) == (part_of_row.bounds[at] / 0.1, part_of_row.risks[at] / 0.1)
+    assert rows.get_title(loc="left") == "Each risk at 77.8 % sparsity"
+    assert figure.get_suptitle().startswith("With probability at least 90 %")
+
+
+def test_of_too_many_risks_the_closest_to_their_alpha_have_a_row():
+    certificate = several(60)
+    # The one that binds has a row, however far from its alpha it is at the certified level.
+    assert certificate.binding is certificate.parts[-1]
+    rows = plot_certificate(certificate).axes[1]
+    names = [label.get_text() for label in rows.get_yticklabels()]
+    assert len(names) == 24
+    assert "binds ▸ group 59" in names
+    assert rows.get_title(loc="left").startswith("24 of 60 risks at")
+
+
+def test_where_nothing_is_certified_the_rows_are_of_the_first_level():
+    certificate = of_parts(*(part([20 + p], 100, group=str(p)) for p in range(6)))
+    main, rows = plot_certificate(certificate).axes
+    assert rows.get_title(loc="left") == "Each risk at 50.0 % sparsity"
+    assert rows.get_xlim()[1] <= 4
+    assert not any("certified" in text.get_text() for text in main.texts)
+
+
+def test_early_looks_show_the_examples_used_by_each_level():
+    looks = Looks((50, 200), (0.05, 0.05), (50, 200), 250, 0.375, "given")
+    figure = plot_certificate(certify([0, 60], looks=looks))
+    main, used = figure.axes
+    assert [bar.get_height() for bar in used.patches] == [50, 200]
+    assert used.texts[0].get_text() == "37.5 % of the evaluations saved"
+    assert (main.get_xlabel(), used.get_xlabel()) == ("", "Sparsity (% of the prunable weights)")
+    assert used.get_xlim() == main.get_xlim()
+    single = dataclasses.replace(looks, seen=(50,))
+    assert plot_certificate(certify([0], looks=single)).axes[1].patches[0].get_height() == 50
+    # One look is none early.
+    once = Looks((200,), (0.1,), (200,), 200, 0, "given")
+    assert len(plot_certificate(certify([0], looks=once)).axes) == 1
+
+
+def test_the_acceptance_rate_has_its_panel():
+    looks = Looks((50, 200), (0.05, 0.05), (50, 200), 250, 0.375, "given")
+    certificate = certify([0, 60], accept="sure", acceptance=[0.75, 0.5], looks=looks)
+    figure = plot_certificate(certificate)
+    _, accepted, used = figure.axes
+    np.testing.assert_allclose(accepted.lines[0].get_ydata(), [75, 50])
+    assert accepted.texts[0].get_text() == "75.0 % accepted at the certified level"
+    assert accepted.get_xlabel() == ""
+    assert used.get_xlabel().startswith("Sparsity")
+    nothing = certify([60], accept="sure", acceptance=[0.75])
+    assert not plot_certificate(nothing).axes[1].texts
+
+
+@pytest.mark.parametrize("guarantee", ["expectation", "monotone"])
+def test_other_guarantees_are_told_apart(guarantee):
+    figure = plot_certificate(controlled([0, 5, 60], guarantee))
+    axes = figure.axes[0]
+    assert ("With probability" in axes.get_title(loc="left")) == (guarantee == "monotone")
+    assert "monotonised" in axes.get_ylabel()
+    labels = lines_of(figure)
+    assert "monotonised risk on the calibration data: certified" in labels
+    assert any("upper bound" in label for label in labels) == (guarantee == "monotone")
+    assert ("bound" in texts_of(figure)) == (guarantee == "monotone")
+
+
+def test_levels_that_were_not_tested_leave_gaps():
+    nan = float("nan")
+    gaps = {"risks": [0, nan, 0.3], "pvalues": [0, nan, 1], "bounds": [0.05, nan, 0.4]}
+    figure = plot_certificate(dataclasses.replace(certify([0, 0, 60]), rejected=[1, 0, 0], **gaps))
+    lines = lines_of(figure)
+    assert lines["risk on the calibration data: certified"].shape == (2, 1)
+    assert lines["risk on the calibration data: not certified"].shape == (2, 1)
+
+
 def test_the_window_is_around_alpha():
     low, high = plot_certificate(make_certificate(CURVE, 5)).axes[0].get_ylim()
     assert low < 0 < 0.05 < high < 0.5
@@ -104,6 +234,19 @@ def test_every_outcome_can_be_drawn_with_its_texts_inside(risks, certified, alph
         assert window.x0 - 5 <= box.x0 < box.x1 <= window.x1 + 5
         assert box.y1 <= window.y1 + 5
     assert ("certified\n" in texts_of(figure)) == bool(certified)
+
+
+@pytest.mark.parametrize("count", [2, 4, 12, 60])
+@pytest.mark.parametrize("levels", [3, 20])
+def test_the_texts_of_several_risks_lie_inside(count, levels):
+    figure = plot_certificate(several(count, levels))
+    figure.canvas.draw()
+    window = figure.axes[0].get_window_extent()
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert window.x0 - 5 <= box.x0 < box.x1 <= window.x1 + 5
+        assert box.y1 <= window.y1 + 5
+    assert figure.get_tightbbox().x1 * figure.dpi <= figure.bbox.x1 + 5
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import confprune
-from confprune import cli
+from confprune.arguments import parser
+from confprune.certify import GUARANTEES
 from confprune.risk import pvalues, testing
 
 README = Path(__file__).parents[1] / "README.md"
@@ -37,12 +38,12 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
-    options = cli._parser().parse_args(shlex.split(command)[1:])
+    options = parser().parse_args(shlex.split(command)[1:])
     assert options.command == command.split()[1]
 
 
 def test_all_commands_but_the_demo_are_shown():
-    assert {command.split()[1] for command in COMMANDS} == {"calibrate", "report", "prune"}
+    assert {command.split()[1] for command in COMMANDS} == {"plan", "calibrate", "report", "prune"}
 
 
 def rows(title):
@@ -57,7 +58,7 @@ def test_every_loss_is_in_the_table():
 
 
 def test_every_pvalue_is_in_the_table():
-    assert rows("p-values and testing") == {*pvalues.PVALUES, "auto"}
+    assert rows("p-values, testing and guarantees") == {*pvalues.PVALUES, "auto"}
 
 
 def test_picture_is_there():
@@ -65,7 +66,8 @@ def test_picture_is_there():
         assert (README.parent / name).is_file()
 
 
-def test_procedures_are_named():
-    usable = {name for name, procedure in testing.PROCEDURES.items() if not procedure.needs}
+def test_procedures_and_guarantees_are_named():
+    # The others need what calibrate does not take.
+    usable = {n for n, p in testing.PROCEDURES.items() if p.needs in ((), ("order",))}
     text = README.read_text()
-    assert all(f'`"{name}"`' in text for name in usable)
+    assert all(f'`"{name}"`' in text for name in {*usable, *GUARANTEES})

@@ -173,8 +173,8 @@ def convex(losses: ArrayLike, alpha: float) -> FloatArray:
     """The best p-value that bounds the sum through convex functions.
 
     The minimum over integers a with S < a <= n of ``(sum over k < a of F(k)) / (a - S)``, with F
-    the CDF of Binomial(n, alpha). Never larger than Hoeffding's or Bentkus's, and 1.2 to
-    2.6 times smaller than the better of them in the usual range.
+    the CDF of Binomial(n, alpha). Never larger than Hoeffding's or Bentkus's; between p = 0.001
+    and 0.2 mostly 1.2 to 2.5 times smaller than the better of them (n = 100 to 5000).
 
     Parameters
     ----------

@@ -230,10 +230,11 @@ class SequentialTest:
         totals = np.asarray(sums, dtype=np.float64)
         shape = (len(self._trackers), self._active.size)
         numbers = np.broadcast_to(examples if counts is None else np.asarray(counts), shape)
-        if totals.shape != shape or not np.all((totals >= 0) & (totals <= numbers)):
+        within = totals.shape == shape and (totals >= 0) & (totals <= numbers)
+        if not np.all(within) or np.any(numbers > examples):
             raise ValueError(
-                f"sums must be [{shape[0]}, {shape[1]}] and lie between 0 and their counts, "
-                f"got shape {totals.shape}"
+                f"sums must be [{shape[0]}, {shape[1]}] and lie between 0 and their counts, these "
+                f"at most {examples}; got shape {totals.shape}"
             )
         trackers = [t for t in self._trackers if isinstance(t, SumTracker)]
         if len(trackers) < len(self._trackers):

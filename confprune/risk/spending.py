@@ -163,6 +163,12 @@ class SumTracker:
 
     def add(self, sums: FloatArray, levels: IntArray, counts: IntArray) -> None:
         """Add the sums [A] of further losses, and how many there were [A]."""
+        fractional = sums != np.floor(sums)
+        if self._kind.binary_only and fractional.any():
+            raise ValueError(
+                f"pvalue={self._kind.name!r} needs losses that are 0 or 1, got the sum "
+                f"{sums[fractional][0]}; use pvalue='betting' or 'convex'"
+            )
         self.sums[levels] += sums
         self.counts[levels] += counts
 
@@ -278,9 +284,10 @@ def _bridge(
     remaining = 1.0 - counts / np.maximum(final, 1)
     spread = np.sqrt(variance * counts * remaining)
     distance = counts * rate + 0.5 - sums
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         chance = special.ndtr(distance / spread)
-    return np.asarray(np.where(sums > rate * final, 0.0, chance))
+    impossible = sums > rate * final * (1.0 + 1e-9)  # But for rounding of the product.
+    return np.asarray(np.where(impossible, 0.0, np.nan_to_num(chance, nan=1.0)))
 
 
 Tracker = SumTracker | BettingTracker

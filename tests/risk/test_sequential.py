@@ -235,6 +235,10 @@ def test_misuse_is_refused():
         test.update([np.zeros((10, 2))], [np.ones(9, dtype=bool)])
     with pytest.raises(ValueError, match="sums must be"):
         test.update_sums(10, [[11.0, 0.0]])
+    with pytest.raises(ValueError, match="at most 10"):
+        test.update_sums(10, [[1.0, 0.0]], [[11, 10]])
+    with pytest.raises(ValueError, match="0 or 1"):
+        test.update_sums(10, [[0.5, 0.0]])
     with pytest.raises(ValueError, match="procedure='graphical'"):
         SequentialTest(plan, 2, [RiskTarget(0.1)], procedure="graphical")
     with pytest.raises(ValueError, match="a level and a risk"):

@@ -1,0 +1,350 @@
+"""The words of the command line: commands, options, their help, and the values they take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+import confprune
+
+BAD_USAGE = 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``confprune``; the name of the command becomes `command`."""
+    parser = _Parser(
+        prog="confprune",
+        description="Prune a trained network as far as a guarantee on its risk allows.",
+        epilog="exit codes: 0 done, 2 bad usage or input, 3 nothing could be certified",
+    )
+    parser.add_argument("--version", action="version", version=f"confprune {confprune.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_add_demo, _add_plan, _add_calibrate, _add_prune, _add_report):
+        add(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _command(commands: Any, name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+    title = "example" if len(examples) == 1 else "examples"
+    lines = "\n".join(f"  confprune {name} {example}" for example in examples)
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"{title}:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command
+
+
+def _add_demo(commands: Any) -> None:
+    command = _command(
+        commands,
+        "demo",
+        "train, calibrate and prune a small network on handwritten digits, and check the promise",
+        "--out demo",
+    )
+    command.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
+    _add_promise(command, alpha=0.05, delta=0.1)
+    _add_run(command)
+
+
+def _add_plan(commands: Any) -> None:
+    command = _command(
+        commands,
+        "plan",
+        "simulate what a calibration set can be expected to certify, before collecting it",
+        "--risks 0:0.001,0.5:0.01,0.9:0.2 --alpha 0.05 --delta 0.1 --n 1000 --wished 0.55",
+        "--losses pilot.npy --sparsities 0:0.9:10 --alpha 0.05 --delta 0.1 --n 1000",
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--risks",
+        type=_curve,
+        metavar="SPARSITY:RISK,...",
+        help="the risk you guess at some sparsities; the levels between are interpolated",
+    )
+    source.add_argument(
+        "--losses",
+        type=Path,
+        metavar="FILE",
+        help="losses of a pilot sample, .npy or .csv without a header: a row for each example, a "
+        "column for each level",
+    )
+    _add_promise(command, required=True)
+    command.add_argument(
+        "--n", type=_positive, required=True, metavar="N", help="number of calibration examples"
+    )
+    command.add_argument(
+        "--wished", type=_sparsity, metavar="S", help="find the examples that this sparsity needs"
+    )
+    _add_grid(command, "0:0.99:100, as far as --risks reach")
+    _add_testing(command)
+    command.add_argument(
+        "--draws",
+        type=_positive,
+        default=200,
+        metavar="N",
+        help="number of simulated calibrations (default: 200)",
+    )
+    _add_seed(command)
+
+
+def _add_calibrate(commands: Any) -> None:
+    command = _command(
+        commands,
+        "calibrate",
+        "find the sparsest network whose risk is certified",
+        "--model my_project:model --data my_project:calibration_set \\\n"
+        "      --weights model.safetensors --loss disagreement --alpha 0.05 --delta 0.1 --out run",
+        "--model my_project:model --data my_project:calibration_set \\\n"
+        "      --risk disagreement=0.05 --risk harm=0.02 --delta 0.1 --out run",
+    )
+    command.add_argument(
+        "--model", required=True, metavar="MODULE:FACTORY", help="gives the trained network"
+    )
+    command.add_argument(
+        "--data", required=True, metavar="MODULE:FACTORY", help="gives the calibration set"
+    )
+    command.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors file to load into the network"
+    )
+    command.add_argument("--loss", help="name of a loss, or MODULE:FUNCTION for your own")
+    _add_promise(command)
+    command.add_argument(
+        "--risk",
+        type=_risk,
+        action="append",
+        metavar="LOSS=ALPHA",
+        help="instead of --loss and --alpha, once for each of several losses: all are kept at once",
+    )
+    command.add_argument(
+        "--groups",
+        metavar="KEY",
+        help="keep the risk on every group: targets, a key of the batch, or MODULE:FUNCTION from a "
+        "batch to one group per example",
+    )
+    command.add_argument(
+        "--accept-confidence",
+        type=_probability,
+        metavar="T",
+        help="count only predictions of at least this confidence, the largest class probability",
+    )
+    command.add_argument(
+        "--accept-of",
+        choices=("full", "pruned"),
+        help="with --accept-confidence: whose confidence decides (default: full)",
+    )
+    command.add_argument(
+        "--guarantee",
+        choices=("risk", "expectation", "monotone"),
+        default="risk",
+        help="risk: with probability 1 - delta, by testing; expectation: on average, by conformal "
+        "risk control; monotone: by bounds on the monotonised risk (default: risk)",
+    )
+    _add_grid(command, "0:0.99:100")
+    for name, default, text in _PRUNING:
+        command.add_argument(
+            name,
+            nargs="+",
+            action="extend",
+            metavar=name.strip("-").upper(),
+            help=f"{text}; of several the best certified one is taken (default: {default})",
+        )
+    _add_testing(command)
+    command.add_argument(
+        "--order",
+        choices=("random", "given"),
+        default="random",
+        help="given: take the order of data that cannot be permuted for a random one "
+        "(default: random)",
+    )
+    command.add_argument("--batch-size", type=_positive, metavar="N", help="examples at once")
+    command.add_argument("--device", type=_device, help="such as cpu or cuda:0")
+    command.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="receives certificate.json, risk.png and pruned.safetensors",
+    )
+    _add_run(command)
+
+
+def _add_prune(commands: Any) -> None:
+    command = _command(
+        commands,
+        "prune",
+        "prune the weights in a safetensors file, by a certificate or to a sparsity",
+        "model.safetensors --certificate run/certificate.json --out pruned.safetensors",
+        "model.safetensors --sparsity 0.5 --out pruned.safetensors",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="safetensors file to prune")
+    how = command.add_mutually_exclusive_group(required=True)
+    how.add_argument("--certificate", type=Path, metavar="FILE", help="prune as certified")
+    how.add_argument(
+        "--sparsity", type=_sparsity, metavar="S", help="prune this share, without a guarantee"
+    )
+    for name, default, text in _PRUNING:
+        command.add_argument(name, help=f"with --sparsity: {text} (default: {default})")
+    command.add_argument(
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="with --sparsity: prune the tensors of such names, such as 'encoder.*.weight' "
+        "(default: matrices and kernels named weight, without embeddings and norms)",
+    )
+    command.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="with --sparsity: leave the tensors of such names as they are",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+
+
+def _add_report(commands: Any) -> None:
+    command = _command(commands, "report", "print what a certificate says", "run/certificate.json")
+    command.add_argument("file", type=Path, metavar="FILE", help="certificate.json")
+
+
+# Options that commands share.
+
+# Without a default for argparse, so that one that was given is told from one that was not.
+_PRUNING = (
+    ("--scope", "global", "what competes: global, all layers together, or layer, each alone"),
+    ("--criterion", "magnitude", "importance of a weight"),
+)
+
+
+def _add_promise(
+    command: argparse.ArgumentParser,
+    *,
+    alpha: float | None = None,
+    delta: float | None = None,
+    required: bool = False,
+) -> None:
+    """Ask for alpha and delta: a promise is chosen, not met with, except in the demo."""
+    for name, default, text in (
+        ("--alpha", alpha, "largest risk that is acceptable"),
+        ("--delta", delta, "largest probability that the promise fails"),
+    ):
+        command.add_argument(
+            name,
+            type=_probability,
+            required=required,
+            default=default,
+            help=text if default is None else f"{text} (default: {default})",
+        )
+
+
+def _add_grid(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--sparsities",
+        type=_sparsities,
+        metavar="START:STOP:COUNT",
+        help=f"the grid, STOP included, or a list 0.5,0.6,0.7 (default: {default})",
+    )
+
+
+def _add_testing(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pvalue", default="auto", help="p-value (default: auto)")
+    command.add_argument(
+        "--procedure", default="fixed_sequence", help="testing (default: fixed_sequence)"
+    )
+    command.add_argument(
+        "--looks",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: levels whose fate is settled early are not evaluated further; none: one test "
+        "on all examples (default: auto)",
+    )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    _add_seed(command)
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of the random numbers (default: 0)"
+    )
+
+
+# Values.
+
+
+def _probability(text: str) -> float:
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _sparsity(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < 1, "a sparsity: 0 or more, and below 1")
+
+
+def _positive(text: str) -> int:
+    value = _number(text, lambda value: value >= 1 and value == int(value), "a positive integer")
+    return int(value)
+
+
+def _number(text: str, valid: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+        if valid(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+
+
+def _sparsities(text: str) -> list[float]:
+    """Sparsities from "START:STOP:COUNT" or "0.5,0.6,0.7"; the library judges their order."""
+    if ":" not in text:
+        return [_sparsity(part) for part in text.split(",")]
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"must read START:STOP:COUNT, got {text!r}")
+    grid = np.linspace(_sparsity(parts[0]), _sparsity(parts[1]), _positive(parts[2]))
+    return [float(sparsity) for sparsity in grid]
+
+
+def _curve(text: str) -> list[tuple[float, float]]:
+    """Points (sparsity, risk) from "0:0.001,0.9:0.2"."""
+    points = []
+    for part in text.split(","):
+        sparsity, colon, risk = part.partition(":")
+        if not colon:
+            raise argparse.ArgumentTypeError(f"must read SPARSITY:RISK,..., got {part!r}")
+        risk_value = _number(risk, lambda value: 0 <= value <= 1, "a risk from 0 to 1")
+        points.append((_sparsity(sparsity), risk_value))
+    return points
+
+
+def _risk(text: str) -> tuple[str, float]:
+    """A loss and its alpha from "harm=0.01"."""
+    loss, equals, alpha = text.rpartition("=")
+    if not (loss and equals):
+        raise argparse.ArgumentTypeError(f"must read LOSS=ALPHA, such as harm=0.01, got {text!r}")
+    return loss, _probability(alpha)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be used here, {text!r}: {error}") from error
+    return device
