@@ -141,11 +141,13 @@ def _significance(certificate: Certificate) -> float:
 def _reachable(certificate: Certificate, level: int) -> str:
     """The smallest alpha that the level could have passed, where the bounds tell it.
 
-    They do where the test was one at delta, on all the examples, of one risk.
+    They do where the test was one at delta or in expectation, on all the examples, of one risk.
     """
     bound = max(certificate.bounds[: level + 1])
     plain = certificate.looks is None and not certificate.parts
-    if not (plain and bound < 1) or _significance(certificate) != certificate.delta:
+    in_expectation = certificate.delta is None
+    at_delta = in_expectation or _significance(certificate) == certificate.delta
+    if not (plain and at_delta and bound < 1):
         return ""
     # Rounded up, because a smaller alpha would not do.
     smallest = math.ceil(bound * 1e4) / 1e4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
-from confprune.certify import Question, certify, versions
-from confprune.evaluation import Evaluation, evaluate_all, moved_batches
-from confprune.grid import ACTIVATION_BYTES, GridForward, evaluation_mode, plain_losses
+from confprune.certify import Question, certify, needs_more, versions
+from confprune.evaluation import Evaluation, evaluate_all
+from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
 from confprune.parameters import ParameterFilter
@@ -25,6 +25,9 @@ from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
+
+TestingProcedure: TypeAlias = Callable[..., np.ndarray]
+"""Testing of K p-values at level delta: (pvalues [K], delta) -> bool [K]."""
 
 DEFAULT_SPARSITIES = tuple(j / 100 for j in range(100))
 
@@ -95,7 +98,7 @@ def calibrate_losses(
     delta: float,
     *,
     pvalue: str = "auto",
-    procedure: str = "fixed_sequence",
+    procedure: str | TestingProcedure = "fixed_sequence",
 ) -> Certificate:
     """Certify a level from a loss matrix, by Learn-then-Test.
 
@@ -109,7 +112,7 @@ def calibrate_losses(
         With probability at least 1 - delta the risk of the certified level is at most alpha.
     pvalue : str
         "auto" is "binomial" for losses of 0 and 1, else "convex"; see `confprune.risk.pvalues`.
-    procedure : str
+    procedure : str, or callable (pvalues [K], delta) -> bool [K]
         How many levels are tested together; see `confprune.risk.testing`.
 
     Returns
@@ -135,7 +138,9 @@ def calibrate_losses(
     grid = check_sparsities(sparsities)
     check_probability("alpha", alpha)
     check_probability("delta", delta)
-    _check_procedure(procedure)
+    test = resolve_procedure(procedure)
+    if test.needs:
+        raise ValueError(needs_more(test))
     resolve_pvalue(pvalue, losses_are_binary=True)
     if isinstance(losses, Tensor):
         wide = torch.float64 if losses.dtype == torch.float64 else torch.float32
@@ -153,11 +158,11 @@ def calibrate_losses(
         n=len(losses),
         loss="losses",
         pvalue=kind.name,
-        procedure=procedure,
+        procedure=test.name,
         risks=tuple(loss_sums(losses) / len(losses)),
         pvalues=tuple(values),
         bounds=tuple(upper_bound(losses, delta, kind.name)),
-        rejected=tuple(resolve_procedure(procedure).test(values, delta)),
+        rejected=tuple(test.test(values, delta)),
         versions=versions(),
     )
 
@@ -177,7 +182,7 @@ def calibrate(
     criterion: str | Sequence[str] = "magnitude",
     parameters: ParameterFilter | None = None,
     pvalue: str = "auto",
-    procedure: str = "fixed_sequence",
+    procedure: str | TestingProcedure = "fixed_sequence",
     looks: LookPlan | str | None = "auto",
     order: str = "random",
     guarantee: str = "risk",
@@ -283,7 +288,7 @@ def calibrate(
         groups=groups,
         accept=None if accept is None else resolve_accept(accept),
         pvalue=pvalue,
-        procedure=procedure,
+        procedure=resolve_procedure(procedure),
         looks=looks,
         order=order,
         guarantee=guarantee,
@@ -311,36 +316,6 @@ def calibrate(
     )
 
 
-def plain_risk(
-    model: nn.Module,
-    pruned: nn.Module,
-    data: Any,
-    loss: LossLike,
-    *,
-    forward: Forward | None = None,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> tuple[float, int]:
-    """The mean loss of a pruned network, run as it is, and the number of examples.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from confprune.calibration import plain_risk
-    >>> model = torch.nn.Linear(4, 2)
-    >>> plain_risk(model, model, torch.randn(10, 4), "disagreement", progress=False)
-    (0.0, 10)
-    """
-    loss = resolve_loss(loss)
-    total, n = 0.0, 0
-    with evaluation_mode(model), evaluation_mode(pruned):
-        for batch in moved_batches(model, data, batch_size, progress, "verify"):
-            values = plain_losses(model, pruned, batch, loss, forward=forward)
-            total += float(values.double().sum())
-            n += len(values)
-    return total / n, n
-
-
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
     target = torch.device(device)
     if all(p.device == target for p in model.parameters()):
@@ -352,15 +327,6 @@ def _needed_delta(delta: float | None) -> float:
     if delta is None:
         raise ValueError("give delta=, the largest probability of a false claim, such as delta=0.1")
     return delta
-
-
-def _check_procedure(procedure: str) -> None:
-    needs = resolve_procedure(procedure).needs
-    if needs:
-        raise ValueError(
-            f"procedure {procedure!r} needs {', '.join(needs)}: call "
-            f"confprune.risk.testing.{procedure} on the p-values"
-        )
 
 
 def _check_enough(n: int, alpha: float, delta: float) -> None:

@@ -57,7 +57,8 @@ class Certificate:
     pvalues : tuple of float, length K
         p-value of the hypothesis that the level's risk exceeds alpha.
     bounds : tuple of float, length K
-        Upper confidence bound at 1 - delta on the risk of each level alone.
+        Upper confidence bound at 1 - delta on the risk of each level alone; in expectation, the
+        corrected mean loss that conformal risk control compares with alpha.
     rejected : tuple of bool, length K
         Whether the hypothesis was rejected: the level is certified.
     pruning : Pruning or None
@@ -130,7 +131,8 @@ class Certificate:
         object.__setattr__(self, "n", int(self.n))
         object.__setattr__(self, "alpha", float(self.alpha))
         if self.delta is not None:
-            object.__setattr__(self, "delta", float(self.delta))
+            unused = math.isnan(self.delta)
+            object.__setattr__(self, "delta", None if unused else float(self.delta))
         if self.seed is not None:
             object.__setattr__(self, "seed", operator.index(self.seed))
         check_consistent(self)

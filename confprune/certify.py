@@ -27,7 +27,7 @@ from confprune.risk.control import conformal_risk_control, monotonise, rcps
 from confprune.risk.inputs import FloatArray, IntArray, check_probability, loss_sums
 from confprune.risk.looks import LookPlan, default_looks
 from confprune.risk.pvalues import PVALUES
-from confprune.risk.testing import pareto_order, resolve_procedure
+from confprune.risk.testing import Procedure, pareto_order, resolve_procedure
 from confprune.risks import Groups, Risk, Target, group_labels, resolve_targets
 
 GUARANTEES = ("risk", "expectation", "monotone")
@@ -45,7 +45,7 @@ class Question:
     groups: Groups | None
     accept: Loss | None
     pvalue: str
-    procedure: str
+    procedure: Procedure
     looks: LookPlan | str | None
     order: str
     guarantee: str
@@ -74,12 +74,9 @@ class Question:
             raise ValueError(f"looks must be 'auto', a LookPlan or None, got {self.looks!r}")
         if self.guarantee != "expectation":
             check_probability("delta", self.delta)
-        needs = resolve_procedure(self.procedure).needs
+        needs = self.procedure.needs
         if needs not in ((), ("order",)):
-            raise ValueError(
-                f"procedure {self.procedure!r} needs {', '.join(needs)}: call "
-                f"confprune.risk.testing.{self.procedure} on the p-values of a loss matrix"
-            )
+            raise ValueError(needs_more(self.procedure))
         targets = resolve_targets(self.risks, None, self.pvalue, early=False)
         if self.guarantee != "risk":
             self._check_plain(ways)
@@ -155,7 +152,8 @@ class Question:
         if self.looks != "auto":
             return self.looks is not None
         asymptotic = self.pvalue in PVALUES and PVALUES[self.pvalue].asymptotic
-        return n is not None and random and not asymptotic
+        sequential = self.procedure.chain or self.procedure.bonferroni_start
+        return n is not None and random and sequential and not asymptotic
 
     def plan(self, n: int | None, targets: Sequence[Target]) -> LookPlan:
         """The looks at n examples."""
@@ -196,7 +194,7 @@ def certify(
     if question.guarantee != "risk":
         certificate = run.control(ways[0])
     else:
-        if len(ways) > 1 or question.procedure == "split_fixed_sequence":
+        if run.procedure.needs or (len(ways) > 1 and run.procedure.chain):
             candidates, note = run.ordered(candidates, ways)
             notes.append(note)
         certificate = run.tested(candidates, ways)
@@ -252,7 +250,7 @@ class _Run:
             )
         size = self.question.ordering_size(len(self.order))
         self.question.check_enough(len(self.order) - size)
-        self.procedure = "split_fixed_sequence"
+        self.procedure = resolve_procedure("split_fixed_sequence")
         evaluation = self.evaluation(candidates)
         evidence = evaluate_all(evaluation, self.data, order=self.order[:size], **self.reading)
         self.order = self.order[size:]
@@ -399,7 +397,7 @@ class _Run:
             n=n,
             loss=binding.loss,
             pvalue=binding.pvalue,
-            procedure=self.procedure,
+            procedure=self.procedure.name,
             risks=binding.risks,
             pvalues=spread(result.pvalues),
             bounds=binding.bounds,
@@ -412,6 +410,15 @@ class _Run:
             accept=None if question.accept is None else question.accept.name,
             acceptance=None if rates is None else spread(rates),
         )
+
+
+def needs_more(procedure: Procedure) -> str:
+    """What to tell a caller whose procedure cannot run by its name alone."""
+    return (
+        f"procedure {procedure.name!r} needs {', '.join(procedure.needs)}: pass "
+        f"functools.partial(confprune.risk.testing.{procedure.name}, "
+        f"{', '.join(f'{name}=...' for name in procedure.needs)})"
+    )
 
 
 def pruning_of(model: nn.Module, levels: PruneLevels) -> Pruning:

@@ -25,7 +25,7 @@ from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.sequential import RiskTarget, SequentialResult, SequentialTest
-from confprune.risk.testing import resolve_procedure
+from confprune.risk.testing import Procedure
 from confprune.risks import Groups, Target, group_labels
 
 _ROUNDING = 1e-5  # a loss may leave [0, 1] by this much in float arithmetic
@@ -179,7 +179,7 @@ def test_all(
     losses: Sequence[Loss],
     targets: Sequence[Target],
     delta: float,
-    procedure: str,
+    procedure: Procedure,
 ) -> Findings:
     """Test every candidate once, on all evidence: the fixed-n test of the paper."""
     tests = []
@@ -198,11 +198,10 @@ def test_all(
     sums, counts, pvalues_by_risk, bounds = np.stack(tests, axis=1)
     n, candidates = evidence.losses.shape[1:]
     pvalues = pvalues_by_risk.max(axis=0)
-    test = resolve_procedure(procedure)
-    needs = {"order": np.arange(candidates)} if test.needs else {}
+    needs = {"order": np.arange(candidates)} if procedure.needs else {}
     result = SequentialResult(
         pvalues=pvalues,
-        rejected=test.test(pvalues, delta, **needs),
+        rejected=procedure.test(pvalues, delta, **needs),
         pvalues_by_risk=pvalues_by_risk,
         sums=sums,
         counts=counts.astype(np.int64),
@@ -234,7 +233,7 @@ def test_early(
     data: Any,
     targets: Sequence[Target],
     plan: LookPlan,
-    procedure: str,
+    procedure: Procedure,
     *,
     batch_size: int | None,
     order: Tensor | None,
@@ -245,7 +244,7 @@ def test_early(
         plan,
         len(evaluation),
         [RiskTarget(target.risk.alpha, target.pvalue) for target in targets],
-        procedure=procedure,
+        procedure=procedure.name,
     )
     accepted = np.zeros(len(evaluation))
     with evaluation.stream(data, batch_size, order, progress) as stream:

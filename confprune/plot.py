@@ -7,7 +7,6 @@ level.
 
 from __future__ import annotations
 
-import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -152,7 +151,8 @@ def _draw_single(axes: Axes, certificate: Certificate) -> None:
     rejected = np.array(certificate.rejected)
     tested = ~np.isnan(risks)
     kind = "risk" if certificate.guarantee == "risk" else "monotonised risk"
-    axes.fill_between(sparsity, risks, bounds, color=BAND, linewidth=0)
+    if certificate.delta is not None:
+        axes.fill_between(sparsity, risks, bounds, color=BAND, linewidth=0)
     axes.plot(sparsity, risks, color=INK, linewidth=1.3)
     for chosen, face, label in (
         (rejected & tested, INK, f"{kind} on the calibration data: certified"),
@@ -234,7 +234,7 @@ def _mark_certified(axes: Axes, certificate: Certificate) -> None:
         height = alpha + (room if leftward else -room)
     height = min(height, top - room)
     values = f"risk {certificate.risk:.4f}"
-    if certificate.bound is not None and not math.isnan(certificate.bound):
+    if certificate.delta is not None:
         values += f", bound {certificate.bound:.4f}"
     if certificate.binding is not None:
         values = f"binding: {shortened(certificate.binding.name)}\n{values}"

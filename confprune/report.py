@@ -29,6 +29,7 @@ MOST_PARTS = 12
 CLOSEST_PARTS = 8
 MOST_LOOKS = 6
 LONGEST_NAME = 28
+_BOUND = {"expectation": "corrected"}
 
 
 def report(certificate: Certificate) -> str:
@@ -111,7 +112,10 @@ def _method(certificate: Certificate) -> str:
     if tested < count:
         levels = f"{tested} of {levels}"
     if certificate.guarantee == "expectation":
-        return f"and conformal risk control (finite-sample, distribution-free) over {levels}"
+        return (
+            f"and conformal risk control (finite-sample, distribution-free) over {levels}: the "
+            "mean loss, corrected for the new example, is compared with alpha"
+        )
     names = enumeration(pvalue_names(certificate))
     if certificate.guarantee == "monotone":
         return (
@@ -149,7 +153,7 @@ def _levels(certificate: Certificate) -> str:
         "examples": _seen(certificate, shown),
         "accepted": _percents(certificate.acceptance, shown),
         "risk": _numbers(certificate.risks, shown, ".4f"),
-        "bound": _numbers(certificate.bounds, shown, ".4f"),
+        _BOUND.get(certificate.guarantee, "bound"): _numbers(certificate.bounds, shown, ".4f"),
         "p-value": _numbers(certificate.pvalues, shown, ".2g"),
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) - {"-"}}

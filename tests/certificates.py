@@ -120,7 +120,7 @@ def controlled(
         procedure="fixed_sequence",
         risks=risks,
         pvalues=unmeasured,
-        bounds=unmeasured if expectation else reached,
+        bounds=reached,
         rejected=np.logical_and.accumulate(reached <= alpha),
         guarantee=guarantee,
         **fields,

@@ -79,7 +79,7 @@ def test_the_short_form_is_one_line():
         ({"guarantee": "hope"}, "guarantee is 'hope', not one of"),
         ({"guarantee": "expectation"}, "delta is 0.1, but a guarantee in expectation has none"),
         ({"delta": None}, "delta is None, outside"),
-        ({"guarantee": "monotone", "delta": math.nan}, "delta is nan, outside"),
+        ({"guarantee": "monotone", "delta": math.nan}, "delta is None, outside"),
         ({"accept": "sure"}, "accept and acceptance must be given together"),
         ({"accept": "sure", "acceptance": [0.5]}, "acceptance has 1 values for 2"),
         ({"accept": "sure", "acceptance": [0.5, 2]}, "acceptance has the value 2.0, outside"),
@@ -337,6 +337,7 @@ def test_a_guarantee_in_expectation_has_no_delta_in_the_file(tmp_path):
     controlled([0], "expectation").save(path)
     assert json.loads(path.read_text())["delta"] is None
     assert Certificate.load(path).delta is None
+    assert dataclasses.replace(controlled([0], "expectation"), delta=math.nan).delta is None
 
 
 def test_the_file_tells_its_schema_and_the_outcome(tmp_path):

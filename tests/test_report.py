@@ -310,6 +310,7 @@ def test_a_promise_in_expectation_has_no_probability():
     assert "conformal risk control (finite-sample, distribution-free) over 3 levels" in text
     assert "With probability" not in text
     assert not re.search("bound|p-value", text)
+    assert re.search("risk +corrected\n", str(controlled([0], "expectation")))
 
 
 def test_a_monotone_promise_is_about_the_monotonised_loss():
@@ -327,6 +328,7 @@ def test_advice_fits_the_guarantee():
     assert "of at most 0.1, in expectation over the calibration data and new data." in text
     n = examples_named(failed)
     risk = failed.risks[0]
+    assert "a larger alpha, 0.1043 or more with examples like these" in text
     assert (n * risk + 1) / (n + 1) <= 0.1 < ((n - 1) * risk + 1) / n
     assert "about" in unwrapped(controlled([16], "monotone"))
 

@@ -69,6 +69,8 @@ def gap(outputs, reference):
         ({"accept": sure}, ("accept",)),
         ({"accept": confprune.confident(0.4, of="full"), "groups": parity}, ("accept", "groups")),
         ({"scope": ["global", "layer"]}, ()),
+        ({"guarantee": "expectation"}, ()),
+        ({"guarantee": "monotone"}, ()),
     ],
 )
 def test_what_calibrate_certifies_verifies_to_the_last_example(

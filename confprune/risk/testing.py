@@ -6,6 +6,7 @@ probability 1 - delta no true hypothesis is rejected, however the p-values depen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -382,8 +383,11 @@ PROCEDURES = MappingProxyType(
 """All testing procedures by name."""
 
 
-def resolve_procedure(name: str) -> Procedure:
-    """Look up a testing procedure by name.
+def resolve_procedure(procedure: str | Callable[..., BoolArray]) -> Procedure:
+    """Look up a testing procedure by name, or take a callable for one.
+
+    A callable ``(pvalues [K], delta) -> bool [K]`` is for procedures that need more, such as
+    ``functools.partial(graphical, weights=..., transitions=...)``.
 
     Raises
     ------
@@ -395,6 +399,12 @@ def resolve_procedure(name: str) -> Procedure:
     >>> resolve_procedure("holm").test is holm
     True
     """
-    if name not in PROCEDURES:
-        raise ValueError(f"unknown procedure {name!r}; choose one of {', '.join(PROCEDURES)}")
-    return PROCEDURES[name]
+    if callable(procedure):
+        function = procedure.func if isinstance(procedure, functools.partial) else procedure
+        return Procedure(getattr(function, "__name__", "procedure"), procedure)
+    if procedure not in PROCEDURES:
+        raise ValueError(
+            f"unknown procedure {procedure!r}; choose one of {', '.join(PROCEDURES)}, or pass a "
+            "callable (pvalues, delta) -> bool [K]"
+        )
+    return PROCEDURES[procedure]
