@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 import confprune
+from confprune.losses import BUILT_IN
+from confprune.risk.pvalues import PVALUES
 
 BAD_USAGE = 2
 
@@ -91,7 +93,7 @@ def _add_plan(commands: Any) -> None:
         "--wished", type=_sparsity, metavar="S", help="find the examples that this sparsity needs"
     )
     _add_grid(command, "0:0.99:100, as far as --risks reach")
-    _add_testing(command)
+    _add_testing(command, "fixed_sequence, bonferroni or holm")
     command.add_argument(
         "--draws",
         type=_positive,
@@ -121,7 +123,9 @@ def _add_calibrate(commands: Any) -> None:
     command.add_argument(
         "--weights", type=Path, metavar="FILE", help="safetensors file to load into the network"
     )
-    command.add_argument("--loss", help="name of a loss, or MODULE:FUNCTION for your own")
+    command.add_argument(
+        "--loss", help=f"{', '.join(sorted(BUILT_IN))}, or MODULE:FUNCTION for your own"
+    )
     _add_promise(command)
     command.add_argument(
         "--risk",
@@ -163,7 +167,10 @@ def _add_calibrate(commands: Any) -> None:
             metavar=name.strip("-").upper(),
             help=f"{text}; of several the best certified one is taken (default: {default})",
         )
-    _add_testing(command)
+    _add_testing(
+        command,
+        "fixed_sequence, split_fixed_sequence, bonferroni, holm, or MODULE:FUNCTION for your own",
+    )
     command.add_argument(
         "--order",
         choices=("random", "given"),
@@ -259,10 +266,13 @@ def _add_grid(command: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _add_testing(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pvalue", default="auto", help="p-value (default: auto)")
+def _add_testing(command: argparse.ArgumentParser, procedures: str) -> None:
+    names = ", ".join(PVALUES)
+    command.add_argument("--pvalue", default="auto", help=f"p-value: {names} (default: auto)")
     command.add_argument(
-        "--procedure", default="fixed_sequence", help="testing (default: fixed_sequence)"
+        "--procedure",
+        default="fixed_sequence",
+        help=f"testing: {procedures} (default: fixed_sequence)",
     )
     command.add_argument(
         "--looks",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from confprune.batches import Forward, batches, example_count, order_length, permutable
 from confprune.certificate import Certificate
 from confprune.evaluation import Evaluation, Findings, evaluate_all, test_all, test_early
-from confprune.evidence import Looks, Part, Pruning
+from confprune.evidence import Looks, Part, Pruning, binding_part
 from confprune.fingerprint import fingerprint
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
@@ -203,8 +203,7 @@ def certify(
         warnings.warn(note, UserWarning, stacklevel=3)
         notes.append(note)
     for grid in grids:
-        if grid.fallback is not None:
-            notes.append(f"evaluated level by level: {grid.fallback}")
+        notes += grid.notes
     return replace(certificate, notes=(*certificate.notes, *dict.fromkeys(notes)))
 
 
@@ -378,7 +377,7 @@ class _Run:
             for r, target in enumerate(targets)
         )
         rejected = spread(result.rejected, False)
-        binding = parts[_binding(parts, rejected)]
+        binding = parts[binding_part(parts, rejected)]
         looks = None
         if plan is not None:
             looks = Looks(
@@ -457,16 +456,3 @@ def _group_names(question: Question, data: Any, batch_size: int | None) -> list[
 
 def _means(sums: FloatArray, counts: IntArray) -> FloatArray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _binding(parts: Sequence[Part], rejected: Sequence[bool]) -> int:
-    """The part with the largest p-value at the first tested level that did not pass."""
-    if len(parts) == 1:
-        return 0
-    pvalues = np.array([part.pvalues for part in parts])
-    tested = ~np.isnan(pvalues).any(axis=0)
-    failed = np.flatnonzero(tested & ~np.array(rejected))
-    passed = np.flatnonzero(rejected)
-    beyond = failed[failed > (passed[-1] if len(passed) else -1)]
-    at = beyond[0] if len(beyond) else np.flatnonzero(tested)[-1]
-    return int(np.argmax(pvalues[:, at]))

@@ -135,7 +135,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         scope=options.scope or "global",
         criterion=options.criterion or "magnitude",
         pvalue=options.pvalue,
-        procedure=options.procedure,
+        procedure=_own("--procedure", options.procedure),
         looks="auto" if options.looks == "auto" else None,
         order=options.order,
         guarantee=options.guarantee,

@@ -87,6 +87,7 @@ class Evaluation:
         self._accept = accept
         self._groups = groups
         self._seen = 0
+        self._order: Tensor | None = None
         self.selective = accept is not None
 
     def __len__(self) -> int:
@@ -97,6 +98,7 @@ class Evaluation:
         self, data: Any, batch_size: int | None, order: Tensor | None, progress: bool
     ) -> Iterator[Iterator[Any]]:
         """The batches of `data` on the model's device; within, the model is in evaluation mode."""
+        self._order = order
         # No generator may hold the mode: an exception would leave it to the garbage collector.
         with (
             evaluation_mode(self._model),
@@ -125,7 +127,7 @@ class Evaluation:
             grid = self._grids[g]
             part = grid.evaluate(batch, levels)
             for loss, matrix in zip(self.losses, part, strict=False):
-                _check_values(matrix, loss, self._seen, levels, grid.levels.sparsities)
+                self._check_values(matrix, loss, levels, grid.levels.sparsities)
             values[:, :, columns] = part
         self._seen += size
         accepted = None if self._accept is None else (values[-1] > 0.5).numpy()
@@ -133,6 +135,26 @@ class Evaluation:
         if self._groups is not None:
             labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
         return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
+
+    def _check_values(
+        self, values: Tensor, loss: Loss, levels: Sequence[int], sparsities: Sequence[float]
+    ) -> None:
+        """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
+        wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
+        if loss.binary:
+            wrong |= (values != 0) & (values != 1)
+        if not wrong.any():
+            return
+        row, column = (int(index) for index in wrong.nonzero()[0])
+        value, level = float(values[row, column]), levels[column]
+        position = self._seen + row
+        example = position if self._order is None else int(self._order[position])
+        raise ValueError(
+            f"loss {loss.name!r} is {value:g} for example {example} at level {level} "
+            f"(sparsity {sparsities[level]:g}); losses must be "
+            + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
+            + ("" if value == value else ": the network's outputs are NaN there, or the loss is")
+        )
 
 
 def evaluate_all(
@@ -313,23 +335,3 @@ def moved_batches(
         for batch in batches(data, batch_size, order):
             yield move_batch(batch, device)
             bar.update(batch_length(batch))
-
-
-def _check_values(
-    values: Tensor, loss: Loss, first: int, levels: Sequence[int], sparsities: Sequence[float]
-) -> None:
-    """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
-    wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
-    if loss.binary:
-        wrong |= (values != 0) & (values != 1)
-    if not wrong.any():
-        return
-    example, column = (int(index) for index in wrong.nonzero()[0])
-    value = float(values[example, column])
-    level = levels[column]
-    raise ValueError(
-        f"loss {loss.name!r} is {value:g} for example {first + example} at level {level} "
-        f"(sparsity {sparsities[level]:g}); losses must be "
-        + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
-        + ("" if value == value else ": the network's outputs are NaN there, or the loss is")
-    )

@@ -9,7 +9,7 @@ same numbers are made level by level.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,8 @@ class GridForward:
     ----------
     fallback : str or None
         Why the levels are run one by one, if they are.
+    notes : list of str
+        What a reader of the result should know.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class GridForward:
             id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
             for name, prune in levels.levels.items()
         }
+        self.notes: list[str] = []
         self._batch_minor = True
+        self._unused: set[str] = set()
+        self._written = 0  # bytes of the largest masked weight that an operation was given
         self._footprint: _Footprint | None = None
 
     @torch.no_grad()
@@ -122,7 +127,9 @@ class GridForward:
             try:
                 outputs = self._grid_outputs(batch, active)
             except Exception as error:
-                self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
+                # Infinite activations are of some examples; the others may go on as before.
+                if "holds infinity or NaN" not in str(error):
+                    self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
             else:
                 return self._losses_of(outputs, reference)
         return torch.cat(
@@ -150,10 +157,11 @@ class GridForward:
             with mode:
                 outputs: Tensor = self._network(batch)
             met.update(mode.met)
+            self._written = max(self._written, mode.written)
             return outputs
 
         outputs: Tensor = torch.vmap(at_level)(torch.tensor(active, device=self._network.device))
-        missed = set(self.levels.levels) - met
+        missed = set(self.levels.levels) - met - self._unused
         if missed:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
         return outputs
@@ -185,9 +193,35 @@ class GridForward:
                     f"loss {loss.name!r} returned {shape} for {size} examples; it must return one "
                     "value per example, a tensor [B]"
                 )
-        self._footprint = probe.footprint(size)
+        self._check_independence(part, full)
+        self._find_unused(part, full, probe.met)
         if self.levels.total:
             self._cross_check(part)
+        self._footprint = probe.footprint(size, self._written)
+
+    def _check_independence(self, batch: Any, full: Tensor) -> None:
+        """Warn where an example's outputs depend on its batch: its losses are not independent."""
+        try:
+            alone = self._network(slice_batch(batch, 0, 1))
+        except Exception:  # some models take no batch of one
+            return
+        reason = _difference(alone[None], full[None, :1])
+        if reason:
+            note = (
+                "the outputs of an example depend on the other examples of its batch (as with a "
+                "BatchNorm without running statistics); the guarantee needs independent losses"
+            )
+            self.notes.append(note)
+            warnings.warn(note, UserWarning, stacklevel=2)
+
+    def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
+        """Weights that no function received, and that change nothing, need not be masked."""
+        unseen = {n: p for n, p in self._network.weights(self.levels.levels) if n not in met}
+        if not unseen:
+            return
+        poison = {name: torch.full_like(weight, torch.nan) for name, weight in unseen.items()}
+        if torch.equal(self._network.with_weights(poison, batch), full):
+            self._unused = set(unseen)
 
     def _cross_check(self, batch: Any) -> None:
         """Compare the grid with the plain masked network at a few levels; else fall back."""
@@ -208,6 +242,7 @@ class GridForward:
 
     def _fall_back(self, reason: str) -> None:
         self.fallback = reason
+        self.notes.append(f"evaluated level by level: {reason}")
         warnings.warn(
             "the levels are evaluated one by one, which gives the same numbers more slowly: "
             f"{reason}",
@@ -247,6 +282,11 @@ class _Network(nn.Module):
         # A copy, because some models work on their inputs in place, and this batch is used again.
         return call(self.model, copy_batch(batch), self._forward)
 
+    def weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The model's parameters with these names."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return ((name, named[name]) for name in names)
+
     def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
         """The outputs with some parameters replaced, tied ones everywhere."""
         named = {f"model.{name}": weight for name, weight in weights.items()}
@@ -270,6 +310,7 @@ class _Probe(TorchFunctionMode):
         self._layers = layers
         self._largest = 1
         self._vectors = True
+        self.met: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -278,14 +319,14 @@ class _Probe(TorchFunctionMode):
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
                 self._largest = max(self._largest, leaf.numel() * leaf.element_size())
-        if any(isinstance(a, Tensor) and id(a) in self._layers for a in args):
+        weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
+        if weights:
+            self.met.update(self._layers[id(weight)].name for weight in weights)
             self._vectors &= isinstance(args[0], Tensor) and args[0].ndim == 2
         return result
 
-    def footprint(self, size: int) -> _Footprint:
-        weight = max(layer.weight.numel() * layer.weight.element_size() for layer in
-                     self._layers.values()) if self._layers else 0  # fmt: skip
-        return _Footprint(-(-self._largest // size), weight, 64 if self._vectors else 16)
+    def footprint(self, size: int, weight: int) -> _Footprint:
+        return _Footprint(-(-self._largest // size), weight, 128 if self._vectors else 16)
 
 
 @contextmanager
@@ -298,23 +339,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def plain_losses(
-    model: nn.Module,
-    pruned: nn.Module,
-    batch: Any,
-    loss: Loss,
-    *,
-    forward: Forward | None = None,
-) -> Tensor:
-    """The loss of each example of a batch, [B]: two plain forwards and nothing else."""
-    with torch.no_grad():
-        full = call(model, batch, forward)
-        reference = Reference(full, targets_of(batch), padding_mask_of(batch))
-        outputs = call(pruned, batch, forward)
-        check_shapes(loss, outputs, reference)
-        return loss(outputs, reference).to(torch.float32)
 
 
 def _difference(outputs: Tensor, plain: Tensor) -> str:

@@ -73,6 +73,8 @@ class GridMode(TorchFunctionMode):
     ----------
     met : set of str
         Names of the weights that a function has received.
+    written : int
+        Bytes of the largest masked weight that was written out.
     """
 
     def __init__(self, layers: dict[int, Layer], level: Tensor, *, batch_minor: bool) -> None:
@@ -81,6 +83,7 @@ class GridMode(TorchFunctionMode):
         self.level = level
         self.batch_minor = batch_minor
         self.met: set[str] = set()
+        self.written = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -107,7 +110,10 @@ class GridMode(TorchFunctionMode):
         return isinstance(value, Tensor) and id(value) in self.layers
 
     def _masked(self, value: Any) -> Any:
-        return self.layers[id(value)].masked(self.level) if self._is_prunable(value) else value
+        if not self._is_prunable(value):
+            return value
+        self.written = max(self.written, value.nbytes)
+        return self.layers[id(value)].masked(self.level)
 
     def layer(self, weight: Any, x: Any) -> Layer | None:
         """The layer of a prunable weight that the grid operators can multiply with `x`."""

@@ -313,6 +313,8 @@ void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>
   product.num_levels = level.numel();
   product.shared = x.size(0) == 1;
   product.wide = x.scalar_type() == at::kDouble;
+  std::atomic<bool> finite{true};
+  product.finite = &finite;
 
   const int threads = at::get_num_threads();
   const GridPlan plan(product, threads);
@@ -327,6 +329,8 @@ void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>
       for (int64_t task = next++; task < tasks; task = next++)
         plan.run(task, aligned);
   });
+  // A pruned weight times infinity is NaN in the masked network; here it would be left out.
+  TORCH_CHECK(finite, "x holds infinity or NaN, which pruned weights would hide");
 }
 
 Activation activation_of(const Tensor& tensor, int spatial) {

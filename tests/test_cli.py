@@ -22,6 +22,7 @@ PROJECT = '''
 import os
 import signal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,6 +100,10 @@ def broken():
 
 def never_disagrees(outputs, reference):
     return torch.zeros(len(outputs))
+
+
+def only_the_first(pvalues, delta):
+    return (np.arange(len(pvalues)) == 0) & (pvalues <= delta)
 
 
 wrong_size = torch.zeros(300, 3)
@@ -399,6 +404,19 @@ def test_contradictions_are_refused(folder, capsys, arguments, message):
     before = files(folder)
     assert message in refusal(capsys, "calibrate", MODEL, DATA, "--quiet", "--out=out", *arguments)
     assert files(folder) == before
+
+
+def test_procedure_may_be_a_function_of_ones_own(folder, capsys):
+    arguments = [
+        *ONE_RISK,
+        "--delta=0.1",
+        DATA,
+        "--procedure=project:only_the_first",
+        "--looks=none",
+    ]
+    certificate = calibrated(*arguments)
+    assert certificate.procedure == "only_the_first"
+    assert certificate.rejected == (True, *[False] * 99)
 
 
 def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):

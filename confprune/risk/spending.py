@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from confprune.risk.betting import BettingProcess
+from confprune.risk.betting import TRUNCATION, BettingProcess
 from confprune.risk.binomial_tail import binomial_probabilities, binomial_window
 from confprune.risk.bounds import critical_sum
 from confprune.risk.inputs import FloatArray, IntArray, losses_are_binary
@@ -265,8 +265,13 @@ class BettingTracker:
         variance = self._process.variances()[levels]
         # Where the wealth of the plug-in bets reaches 1/delta, to first order.
         needed = _BETTING_COST * np.sqrt(2.0 * math.log(1.0 / delta) * variance / final)
-        rate = np.maximum(self._alpha - needed, 0.0)
-        return _bridge(self.sums[levels], rate, variance, counts, final)
+        # With few examples the stakes stand at their cap, and what a loss costs is known exactly.
+        gain = math.log1p(TRUNCATION * self._alpha / (1.0 - self._alpha))
+        capped = (gain - math.log(1.0 / delta) / final) / (gain - math.log1p(-TRUNCATION))
+        rate = np.maximum(self._alpha - needed, capped)
+        # No rate would do: but how many will count is itself a guess, from the share so far.
+        hope = _bridge(self.sums[levels], np.maximum(rate, 0.0), variance, counts, final)
+        return np.where(rate > 0.0, hope, 1.0)
 
 
 def _bridge(

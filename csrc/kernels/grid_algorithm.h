@@ -131,6 +131,7 @@ void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
   const int64_t count = std::min(p.chunk, d.product.batch - first);
   const Input* base = x + first * layout.batch_stride;
   T* out = packed;
+  int strange = 0;  // whether some input is infinite or NaN
   for (int64_t channel = 0; channel < c.channels; ++channel) {
     const Input* plane = base + channel * layout.channel_stride;
     for (int64_t p0 : p.phases[0])
@@ -156,10 +157,14 @@ void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
                 else
                   for (int64_t b = 0; b < count; ++b)
                     out[b] = T(widen(at[b * layout.batch_stride]));
+                for (int64_t b = 0; b < count; ++b)
+                  strange |= out[b] - out[b] != T(0);
                 std::fill(out + count, out + p.chunk, T(0));
               }
             }
   }
+  if (strange)
+    d.product.finite->store(false, std::memory_order_relaxed);
 }
 
 // One tile of lanes to y: lane = position along the last dimension * chunk + example.

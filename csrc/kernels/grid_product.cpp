@@ -12,7 +12,7 @@ namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
-constexpr int64_t kPackedElements = int64_t(1) << 25;  // beyond, fewer examples are packed together
+constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
 
 const InstructionSet& choose() {
   const char* asked = std::getenv("CONFPRUNE_ISA");

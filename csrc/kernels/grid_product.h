@@ -12,6 +12,7 @@
 // all K outputs for the operations of the densest.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "kernels/prefix_rows.h"
@@ -45,12 +46,13 @@ struct GridProduct {
   Convolution convolution;
   Activation x;
   Activation y;
-  const void* bias;       // float, or double for float64 weights; may be null
-  const int64_t* levels;  // [K] grid levels, increasing
-  int64_t num_levels;     // K
-  int64_t batch;          // N
-  bool shared;            // one x for all levels
-  bool wide;              // compute in double
+  const void* bias;           // float, or double for float64 weights; may be null
+  const int64_t* levels;      // [K] grid levels, increasing
+  int64_t num_levels;         // K
+  int64_t batch;              // N
+  bool shared;                // one x for all levels
+  bool wide;                  // compute in double
+  std::atomic<bool>* finite;  // set to false where x holds infinity or NaN
 };
 
 // A product cut into independent tasks; each output element is computed in one task, in an order of

@@ -252,3 +252,18 @@ def test_misuse_is_refused():
     done.update([np.ones((50, 1))])
     with pytest.raises(ValueError, match="finished"):
         done.update([np.ones((50, 1))])
+
+
+def test_a_small_group_with_tiny_losses_is_not_given_up():
+    """A group of 2 % of the examples, whose bets start late, passes as it would with no loss."""
+    rejected = []
+    for loss in (0.0, 1e-9):
+        rng = np.random.default_rng(0)
+        plan = looks.default_looks(6000, 0.05, 0.1, "betting")
+        test = SequentialTest(plan, levels=2, targets=[RiskTarget(0.05, "betting")] * 2)
+        while not test.finished:
+            m = test.next_look - test.seen
+            losses = np.full((m, len(test.active)), loss)
+            test.update([losses, losses], [rng.random(m) < 0.02, None])
+        rejected.append(test.result().rejected.all())
+    assert rejected == [True, True]

@@ -1,0 +1,1 @@
+"""Measurements of what confprune promises; see README.md in this folder."""
