@@ -144,7 +144,7 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("the demo draws with matplotlib: pip install confprune[demo]") from error
+        raise ImportError("the demo draws with matplotlib: pip install matplotlib") from error
 
 
 def _digits(seed: int) -> tuple[Examples, Examples, Examples]:
@@ -153,7 +153,7 @@ def _digits(seed: int) -> tuple[Examples, Examples, Examples]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the demo takes its digits from scikit-learn: pip install confprune[demo]"
+            "the demo takes its digits from scikit-learn: pip install scikit-learn"
         ) from error
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))

@@ -334,7 +334,7 @@ def test_losses_may_be_any_array(kind):
         (np.zeros((100, 1)), [0.5], {"delta": 1}, "delta must lie"),
         (np.zeros((100, 1)), [0.5], {"pvalue": "t"}, "pvalue .*'t'"),
         (np.zeros((100, 1)), [0.5], {"procedure": "sidak"}, "procedure .*'sidak'"),
-        (np.zeros((100, 1)), [0.5], {"procedure": "graphical"}, "needs .* call confprune.risk"),
+        (np.zeros((100, 1)), [0.5], {"procedure": "graphical"}, "needs .* pass functools.partial"),
         (np.full((100, 1), 0.5), [0.5], {"pvalue": "binomial"}, "binomial"),
     ],
 )

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import confprune
-from confprune import Loss, loss_matrix, prune_levels
+from confprune import Loss, Reference, loss_matrix, prune_levels
 from confprune.grid import GridForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -475,6 +475,7 @@ def test_a_budget_must_be_positive(budget):
         )
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of an example depend")
 def test_the_reason_of_a_fallback_is_kept():
     model = Branching()
     grid = GridForward(model, prune_levels(model, GRID), [DISTANCE])
@@ -509,3 +510,77 @@ def test_a_progress_bar_is_shown_unless_told_otherwise(capsys):
     assert capsys.readouterr() == ("", "")
     loss_matrix(model, torch.randn(5, 3), levels, DISTANCE)
     assert "5/5" in capsys.readouterr().err
+
+
+def test_an_activation_that_overflows_is_nan_as_in_the_plain_masked_network():
+    """A pruned weight times infinity is NaN; an example far behind the first ones shows it."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[0].weight.data *= 20
+    x = torch.randn(40, 4)
+    x[30] = 3e38
+    levels = prune_levels(model, [0.0, 0.5])
+    grid = GridForward(model, levels, [DISTANCE])
+    values = grid.evaluate(x, [0, 1])[0]
+    plain = [levels.prune(model, j)(x) for j in range(2)]
+    assert [not y[30].isfinite().all() for y in plain] == [True, True]
+    assert values[30].isnan().all()
+    assert values[torch.arange(40) != 30].isfinite().all()
+    assert grid.fallback is None
+
+
+def test_a_weight_that_the_model_never_uses_does_not_slow_it_down():
+    class WithSpareHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare = nn.Linear(6, 4), nn.Linear(6, 9)
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = WithSpareHead()
+    levels = prune_levels(model, GRID)
+    grid = GridForward(model, levels, [DISTANCE])
+    x = torch.randn(7, 6)
+    values = grid.evaluate(x, range(len(GRID)))[0]
+    assert grid.fallback is None
+    plain = torch.stack(
+        [DISTANCE(levels.prune(model, j)(x), Reference(model(x))) for j in range(len(GRID))], 1
+    )
+    torch.testing.assert_close(values, plain.detach())
+
+
+def test_a_model_that_mixes_the_examples_of_a_batch_is_pointed_out():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, track_running_stats=False)).eval()
+    grid = GridForward(model, prune_levels(model, GRID), [DISTANCE])
+    with pytest.warns(UserWarning, match="depend on the other examples"):
+        grid.evaluate(torch.randn(9, 6), [0, 1])
+    assert any("independent losses" in note for note in grid.notes)
+
+
+def test_a_model_that_works_on_its_input_in_place_sees_copies():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.layer(x.mul_(2))
+
+    model, x = InPlace(), torch.randn(9, 6)
+    before = x.clone()
+    levels = prune_levels(model, GRID)
+    values = GridForward(model, levels, [DISTANCE]).evaluate(x, range(len(GRID)))[0]
+    assert torch.equal(x, before)
+    full = Reference(model(x.clone()))
+    plain = [DISTANCE(levels.prune(model, j)(x.clone()), full) for j in range(len(GRID))]
+    torch.testing.assert_close(values, torch.stack(plain, 1).detach())
+
+
+def test_large_weights_that_are_not_written_out_do_not_split_the_grid():
+    """Only what is materialised counts against the memory of a chunk of levels."""
+    model = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 4))
+    grid = GridForward(
+        model, prune_levels(model, GRID), [DISTANCE], activation_bytes=200 * 600 * 4 * 4
+    )
+    grid.evaluate(torch.randn(4, 600), [0])
+    assert grid._level_chunk(4) >= len(GRID)

@@ -15,6 +15,9 @@ from confprune.risk.inputs import check_probability
 FUTILITY = 0.03
 """Chance, at each look, of giving up a level that the last look would just have rejected."""
 
+EXACT_FUTILITY = 0.015
+"""The same where looks are close, as they are if they are paid for exactly or free."""
+
 
 @dataclass(frozen=True)
 class LookPlan:
@@ -108,29 +111,32 @@ def default_looks(n: int, alpha: float, delta: float, pvalue: str = "binomial") 
     Returns
     -------
     LookPlan
-        Sizes grow by a constant factor from about twice the smallest number of examples that
-        can certify anything, up to n. With fewer examples, one look at n.
+        Sizes grow by a constant factor, from one and a half times or twice the smallest number of
+        examples that can certify anything up to n. With fewer examples, one look at n.
 
     Notes
     -----
-    Chosen by simulation on steep, shallow and non-monotone risk curves with n from 1000 to 20000.
-    Where looking is paid for exactly (`binomial`) or free (`betting`), looks are close and most
-    of delta is spent early, which hardly hurts: a level that would pass at the end mostly passes
-    before. Where each look is paid in full, they are fewer and cheaper.
+    Chosen by simulation on steep, shallow and non-monotone risk curves with n from 1000 to 20000,
+    see benchmarks/looks.py. Where looking is paid for exactly (`binomial`) or free (`betting`),
+    looks are close, start soon, and most of delta is spent before the last, the more the earlier;
+    which hardly hurts, for a level that would pass at the end mostly passes before. Where each
+    look is paid in full, they are fewer and cheaper.
 
     Examples
     --------
-    >>> default_looks(1000, alpha=0.05, delta=0.1).sizes
-    (106, 125, 149, 177, 211, 250, 298, 354, 421, 500, 595, 708, 841, 1000)
+    >>> default_looks(1000, alpha=0.05, delta=0.1).sizes[:10]
+    (71, 79, 89, 100, 112, 125, 141, 158, 177, 199)
     """
     exact = pvalue in ("binomial", "betting")
-    doublings = 0.25 if exact else 0.5  # from one look to the next
-    early = 0.7 if exact else 0.3
-    smallest = 2 * required_n(alpha, delta)
+    doublings = 1 / 6 if exact else 1 / 2  # from one look to the next
+    early, slope = (0.75, -0.25) if exact else (0.3, 0.0)
+    smallest = (1.5 if exact else 2.0) * required_n(alpha, delta)
     steps = math.floor(math.log2(n / smallest) / doublings) if n >= smallest else 0
     sizes = sorted({math.ceil(n * 2.0 ** (-doublings * step)) for step in range(steps + 1)})
-    before = len(sizes) - 1
-    if before == 0:
+    weights = [size**slope for size in sizes[:-1]]
+    if not weights:
         return LookPlan((n,), (delta,), delta)
-    spending = (early * delta / before,) * before + ((1.0 - early) * delta,)
-    return LookPlan(tuple(sizes), spending, delta, futility=min(FUTILITY, 0.5 / len(sizes)))
+    spending = [early * delta * weight / math.fsum(weights) for weight in weights]
+    spending.append(delta - math.fsum(spending))
+    futility = EXACT_FUTILITY if exact else FUTILITY
+    return LookPlan(tuple(sizes), tuple(spending), delta, futility=min(futility, 0.5 / len(sizes)))
