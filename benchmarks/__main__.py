@@ -13,6 +13,7 @@ from benchmarks import records
 from confprune.files import written_whole
 
 BENCHMARKS = ("validity", "power", "looks")
+FEWEST_DRAWS = 8
 README = Path(__file__).parent / "README.md"
 
 
@@ -46,6 +47,8 @@ def _run(name: str, options: argparse.Namespace) -> None:
     benchmark = _module(name)
     if not options.plot:
         draws = options.draws or (benchmark.QUICK_DRAWS if options.quick else benchmark.DRAWS)
+        if draws < FEWEST_DRAWS:
+            raise SystemExit(f"--draws {draws} is too few to say anything; at least {FEWEST_DRAWS}")
         start = time.perf_counter()
         rows = benchmark.measure(draws, options.seed, options.workers)
         path = records.save(

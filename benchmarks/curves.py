@@ -77,5 +77,5 @@ def clopper_pearson(events: int, trials: int, level: float = 0.95) -> tuple[floa
 
 
 def standard_error(values: FloatArray) -> float:
-    """Standard error of the mean of independent values."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+    """Standard error of the mean of independent values, at least two."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))

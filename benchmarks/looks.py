@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import figures
 from benchmarks.curves import (
     CURVES,
     HARD_CURVES,
@@ -25,11 +27,11 @@ from confprune.risk.sequential import RiskTarget, SequentialTest
 from confprune.risk.testing import fixed_sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 QUESTION = "How many evaluations do early looks save, and how much sparsity do they cost?"
-DRAWS = 2000
+DRAWS = 800
 QUICK_DRAWS = 20
 PEERS: tuple[str, ...] = ()
 
@@ -60,7 +62,7 @@ def measure(draws: int, seed: int, workers: int) -> list[Row]:
         Job(curve, n, losses, pvalue, _draws_of(pvalue, draws), seed)
         for n in sorted(SIZES, reverse=True)
         for losses, pvalue in reversed(TESTS)
-        for curve in curves
+        for curve in (CURVES if PVALUES[pvalue].anytime else curves)
     ]
     rows = dict(run_jobs(_measure_one, jobs, workers))
     order = [(job.losses, job.pvalue) for job in jobs]
@@ -71,8 +73,8 @@ def measure(draws: int, seed: int, workers: int) -> list[Row]:
 
 
 def _draws_of(pvalue: str, draws: int) -> int:
-    """Betting goes through the examples one by one, and gets a tenth of the draws."""
-    return max(1, draws // 10) if PVALUES[pvalue].anytime else draws
+    """All draws for the test of 0/1 losses, a quarter of them for the slower ones."""
+    return draws if pvalue == "binomial" else max(1, draws // 4)
 
 
 def settings() -> dict[str, Any]:
@@ -194,3 +196,78 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['violations'] / row['draws']:.3f} [{low:.3f}, {high:.3f}]",
         target if row["n"] >= 5000 else "–",
     ]
+
+
+def plot(record: Mapping[str, Any]) -> Figure:
+    """Where the evaluations go, and how the targets are met."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8.2), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+    losses, pvalue = TESTS[0]
+    upper.suptitle(
+        f"Examples evaluated at each level, mean ({losses} losses, {pvalue})", fontsize=11
+    )
+    panels = upper.subplots(1, len(CURVES), sharey=True)
+    for axes, (curve, risks) in zip(panels, CURVES.items(), strict=True):
+        rows = [r for r in record["rows"] if (r["curve"], r["pvalue"]) == (curve, pvalue)]
+        _plot_levels(axes, risks, rows)
+        axes.set_title(f"{curve} risk curve", fontsize=10)
+    panels[0].set_ylabel("examples")
+    panels[0].legend(frameon=False, fontsize=9, title="n", loc="upper left")
+    lower.suptitle("The targets for n ≥ 5000", fontsize=11)
+    _plot_targets(lower.subplots(1, 3, sharey=True), record["rows"])
+    return figure
+
+
+def _plot_levels(axes: Axes, risks: np.ndarray[Any, Any], rows: list[Row]) -> None:
+    for row in sorted(rows, key=lambda row: row["n"]):
+        shade = figures.SHADES[SIZES.index(row["n"])]
+        axes.plot(100 * SPARSITIES, row["examples_by_level"], color=shade, label=f"{row['n']}")
+    near = 100 * SPARSITIES[(risks > 0.8 * ALPHA) & (risks < 1.2 * ALPHA)]
+    axes.axvspan(near.min() - 0.5, near.max() + 0.5, color="#eeeeee", zorder=0)
+    axes.text(
+        near.mean(),
+        0.97,
+        "risk within\n20 % of α",
+        fontsize=8,
+        ha="center",
+        va="top",
+        transform=axes.get_xaxis_transform(),
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(40, 100000)
+    axes.set_xlabel("sparsity (%)")
+    figures.clean(axes, "y")
+
+
+def _plot_targets(panels: Sequence[Axes], rows: list[Row]) -> None:
+    saved, lost, wrong = panels
+    groups = list(dict.fromkeys((r["losses"], r["pvalue"], r["curve"]) for r in rows))
+    figures.list_rows(saved, [f"{curve}, {pvalue}" for _, pvalue, curve in groups])
+    for row in rows:
+        place = groups.index((row["losses"], row["pvalue"], row["curve"]))
+        size = SIZES.index(row["n"])
+        style = {
+            "color": figures.SHADES[size],
+            "marker": figures.MARKS[size],
+            "linestyle": "none",
+            "markersize": 5,
+            "linewidth": 1,
+            "label": f"n = {row['n']}" if place == 0 else None,
+        }
+        height = place + 0.25 * (size - 1)
+        saved.plot(row["ratio"], height, **style)
+        lost.errorbar(row["steps_lost"], height, xerr=1.96 * row["steps_lost_se"], **style)
+        share = row["violations"] / row["draws"]
+        low, high = row["violation_interval"]
+        wrong.errorbar(share, height, xerr=[[share - low], [high - share]], **style)
+    saved.set_xscale("log")
+    saved.set_xticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    saved.set_xlabel("times fewer evaluations than the full matrix")
+    lost.set_xlabel("grid steps lost to the fixed-n test (95 % interval)")
+    wrong.set_xlabel("share of violations (95 % interval)")
+    for axes, target in zip(panels, (LEAST_RATIO, MOST_STEPS, DELTA), strict=True):
+        axes.axvline(target, color=figures.LIMIT, linewidth=1.2, linestyle="--")
+        figures.clean(axes)
+    saved.legend(frameon=False, fontsize=9, loc="lower right")
