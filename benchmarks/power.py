@@ -263,10 +263,9 @@ def plot(record: Mapping[str, Any]) -> Figure:
         axes.set_title(f"{curve} risk curve", fontsize=11)
     figure.supxlabel("sparsity certified beyond the paper's test (points)", fontsize=11)
     handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(SIZES), frameon=False)
+    figure.legend(handles, names, loc="outside lower right", ncols=len(SIZES), frameon=False)
     figure.suptitle(
         "Certified sparsity against Hoeffding-Bentkus with fixed-sequence testing, 95 % intervals",
-        x=0.42,
     )
     return figure
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from confprune.batches import Forward, batches, example_count, order_length, permutable
 from confprune.certificate import Certificate
+from confprune.certificate.evidence import Looks, Part, Pruning, binding_part
+from confprune.certificate.fingerprint import fingerprint
 from confprune.evaluation import Evaluation, Findings, evaluate_all, test_all, test_early
-from confprune.evidence import Looks, Part, Pruning, binding_part
-from confprune.fingerprint import fingerprint
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss

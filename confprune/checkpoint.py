@@ -14,11 +14,11 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 import confprune
+from confprune.certificate.fingerprint import difference, fingerprint
+from confprune.certificate.promise import promise
 from confprune.files import written_whole
-from confprune.fingerprint import difference, fingerprint
 from confprune.levels import PruneLevels, levels_of
 from confprune.parameters import DTYPES
-from confprune.promise import promise
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate

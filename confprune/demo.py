@@ -18,8 +18,8 @@ from tqdm import tqdm
 import confprune
 from confprune import checkpoint
 from confprune.certificate import Certificate
-from confprune.promise import sparsity_text
-from confprune.report import WIDTH
+from confprune.certificate.promise import sparsity_text
+from confprune.certificate.report import WIDTH
 
 TRAINING, CALIBRATION = 600, 700  # of 1797 images; the others are the test set
 EPOCHS = 40

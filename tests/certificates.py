@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from confprune.certificate import Certificate, Part, Pruning
-from confprune.evidence import binding_part
-from confprune.fingerprint import fingerprint
+from confprune.certificate.evidence import binding_part
+from confprune.certificate.fingerprint import fingerprint
 from confprune.risk.pvalues import PVALUES
 
 

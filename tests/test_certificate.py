@@ -16,9 +16,9 @@ from certificates import certify, controlled, of_parts, part, pruning_of, small_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from confprune import fingerprint as fingerprints
 from confprune.certificate import Certificate, Looks, Part, Pruning
-from confprune.fingerprint import difference, fingerprint
+from confprune.certificate import fingerprint as fingerprints
+from confprune.certificate.fingerprint import difference, fingerprint
 
 # What it says.
 

@@ -11,7 +11,7 @@ import pytest
 from certificates import certify, controlled, of_parts, part
 
 from confprune.certificate import Certificate, Looks
-from confprune.plot import plot_certificate
+from confprune.certificate.plot import plot_certificate
 
 
 def make_certificate(risks: list[float], certified: int, alpha: float = 0.05) -> Certificate:

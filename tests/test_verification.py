@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import confprune
 from confprune import Risk, VerificationError
 from confprune.certificate import Certificate
-from confprune.verification import plain_risk
+from confprune.certificate.verification import plain_risk
 
 ALPHA, DELTA = 0.2, 0.1
 

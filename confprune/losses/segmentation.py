@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from confprune.loss_shapes import label_roles, one_logit
+from confprune.losses.shapes import label_roles, one_logit
 
 if TYPE_CHECKING:
     from confprune.losses import Reference

@@ -24,7 +24,7 @@ class Pruning:
     parameters : tuple of str
         Names of the prunable parameters, in the model's order.
     fingerprint : dict
-        `confprune.fingerprint.fingerprint` of these parameters before pruning.
+        `confprune.certificate.fingerprint.fingerprint` of these parameters before pruning.
     total : int
         Number of prunable weights.
     """

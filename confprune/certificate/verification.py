@@ -26,8 +26,8 @@ from confprune.batches import (
     slice_batch,
     targets_of,
 )
+from confprune.certificate.evidence import Part
 from confprune.evaluation import moved_batches
-from confprune.evidence import Part
 from confprune.grid import evaluation_mode
 from confprune.losses import BUILT_IN, Loss, LossLike, Reference, check_shapes, resolve_loss
 from confprune.risks import Accept, Groups, group_labels, resolve_accept
@@ -130,7 +130,7 @@ def plain_risk(
 
     Examples
     --------
-    >>> from confprune.verification import plain_risk
+    >>> from confprune.certificate.verification import plain_risk
     >>> model = torch.nn.Linear(4, 2)
     >>> plain_risk(model, model, torch.randn(10, 4), "disagreement", progress=False)
     (0.0, 10)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from confprune.promise import confidence
+from confprune.certificate.promise import confidence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

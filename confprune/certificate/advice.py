@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from confprune.promise import sparsity_text
+from confprune.certificate.promise import sparsity_text
 from confprune.risk.pvalues import PVALUES
 
 if TYPE_CHECKING:

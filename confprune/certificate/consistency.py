@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from confprune.evidence import Part, check_unit, plain_floats
+from confprune.certificate.evidence import Part, check_unit, plain_floats
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate

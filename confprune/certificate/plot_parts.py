@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from confprune.evidence import Part, closest
-from confprune.plot_style import (
+from confprune.certificate.evidence import Part, closest
+from confprune.certificate.plot_style import (
     BAND,
     BOUND,
     INK,
@@ -22,7 +22,7 @@ from confprune.plot_style import (
     percents,
     shortened,
 )
-from confprune.promise import part_text, sparsity_text
+from confprune.certificate.promise import part_text, sparsity_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

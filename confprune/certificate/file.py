@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from confprune.evidence import Looks, Part, Pruning
+from confprune.certificate.evidence import Looks, Part, Pruning
 from confprune.files import written_whole
 
 SCHEMA = "confprune-certificate/1"

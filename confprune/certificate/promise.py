@@ -9,7 +9,7 @@ from confprune.risk.pvalues import PVALUES
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
-    from confprune.evidence import Part
+    from confprune.certificate.evidence import Part
 
 _MEANING = {
     "disagreement": "disagreement with the full network",

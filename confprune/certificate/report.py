@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from confprune.advice import advice
-from confprune.evidence import closest
-from confprune.promise import (
+from confprune.certificate.advice import advice
+from confprune.certificate.evidence import closest
+from confprune.certificate.promise import (
     asymptotic,
     enumeration,
     part_text,

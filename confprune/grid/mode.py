@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
-from confprune.attention import attention, multi_head_attention
+from confprune.grid.attention import attention, multi_head_attention
 
 _BLOCK = 128  # columns whose inputs stay in the first-level cache
 _MAX_BLOCK = 32767

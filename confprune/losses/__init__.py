@@ -37,8 +37,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from confprune import segmentation
-from confprune.loss_shapes import (
+from confprune.losses import segmentation
+from confprune.losses.segmentation import nan_where, share
+from confprune.losses.shapes import (
     Check,
     check_classes,
     check_embeddings,
@@ -46,7 +47,6 @@ from confprune.loss_shapes import (
     check_pixels,
     check_tokens,
 )
-from confprune.segmentation import nan_where, share
 
 
 class Reference(NamedTuple):

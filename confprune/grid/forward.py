@@ -1,7 +1,7 @@
 """The grid forward: a network's losses on a batch, at every level of a grid, in one pass.
 
 The grid is a batch dimension: the model runs once under ``torch.vmap`` over the levels, with its
-prunable weights masked on the way (see `confprune.grid_mode`). What that gives is compared with the
+prunable weights masked on the way (see `confprune.grid.mode`). What that gives is compared with the
 plain masked network on the first batch; where it differs, or the model does not lend itself, the
 same numbers are made level by level.
 """
@@ -27,7 +27,7 @@ from confprune.batches import (
     slice_batch,
     targets_of,
 )
-from confprune.grid_mode import GridMode, Layer
+from confprune.grid.mode import GridMode, Layer
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from confprune.files import written_whole
-from confprune.plot_panels import draw_acceptance, draw_examples
-from confprune.plot_parts import MOST_CURVES, draw_each, draw_several
-from confprune.plot_style import (
+from confprune.certificate.plot_panels import draw_acceptance, draw_examples
+from confprune.certificate.plot_parts import MOST_CURVES, draw_each, draw_several
+from confprune.certificate.plot_style import (
     BAND,
     BOUND,
     INK,
@@ -30,7 +29,8 @@ from confprune.plot_style import (
     shortened,
     unit,
 )
-from confprune.promise import loss_text, promise, sparsity_text
+from confprune.certificate.promise import loss_text, promise, sparsity_text
+from confprune.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from confprune.plot_style import BOUND, INK, clean, percents
+from confprune.certificate.plot_style import BOUND, INK, clean, percents
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from confprune import certificate_file
-from confprune.consistency import check_consistent, is_of
-from confprune.evidence import Looks, Part, Pruning, closest, first_obstacle, plain_floats
-from confprune.fingerprint import difference, fingerprint
+from confprune.certificate import file as certificate_file
+from confprune.certificate.consistency import check_consistent, is_of
+from confprune.certificate.evidence import (
+    Looks,
+    Part,
+    Pruning,
+    closest,
+    first_obstacle,
+    plain_floats,
+)
+from confprune.certificate.fingerprint import difference, fingerprint
+from confprune.certificate.report import report
+from confprune.certificate.verification import VerificationError, verify
 from confprune.levels import prune_levels
 from confprune.losses import LossLike
-from confprune.report import report
 from confprune.risks import Accept, Groups
-from confprune.verification import VerificationError, verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -337,8 +344,8 @@ class Certificate:
         *,
         test_risks: Sequence[float] | None = None,
     ) -> Figure:
-        """Plot risk against sparsity; see `confprune.plot.plot_certificate`."""
-        from confprune.plot import plot_certificate
+        """Plot risk against sparsity; see `confprune.certificate.plot.plot_certificate`."""
+        from confprune.certificate.plot import plot_certificate
 
         return plot_certificate(self, path, test_risks=test_risks)
 
