@@ -248,7 +248,7 @@ def _plot_targets(panels: Sequence[Axes], rows: list[Row]) -> None:
     for row in rows:
         place = groups.index((row["losses"], row["pvalue"], row["curve"]))
         size = SIZES.index(row["n"])
-        style = {
+        style: dict[str, Any] = {
             "color": figures.SHADES[size],
             "marker": figures.MARKS[size],
             "linestyle": "none",

@@ -132,6 +132,31 @@ def order_length(data: Any) -> int:
     return order_length(data.dataset) if isinstance(data, DataLoader) else example_count(data) or 0
 
 
+def random_order(data: Any, seed: int) -> Tensor:
+    """The order in which a calibration with this seed goes through permutable data, [n] int64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import random_order
+    >>> sorted(random_order(torch.zeros(4, 2), seed=0).tolist())
+    [0, 1, 2, 3]
+    """
+    return torch.randperm(order_length(data), generator=torch.Generator().manual_seed(seed))
+
+
+def ordering_size(n: int) -> int:
+    """How many of `n` examples are set aside to order the candidates, where there are several.
+
+    Examples
+    --------
+    >>> from confprune.batches import ordering_size
+    >>> ordering_size(1000)
+    200
+    """
+    return n // 5
+
+
 def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.batches import Forward, batches, example_count, order_length, permutable
+from confprune.batches import (
+    Forward,
+    batches,
+    example_count,
+    order_length,
+    ordering_size,
+    permutable,
+    random_order,
+)
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, binding_part
 from confprune.certificate.fingerprint import fingerprint
@@ -32,8 +40,6 @@ from confprune.risks import Groups, Risk, Target, group_labels, resolve_targets
 
 GUARANTEES = ("risk", "expectation", "monotone")
 ORDERS = ("random", "given")
-ORDERING_SHARE = 0.2
-"""Share of the examples that orders the candidates where there are several ways to prune."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Question:
             )
         count = _count(data)
         if count is not None:
-            plan.check_n(count - (self.ordering_size(count) if ways > 1 else 0))
+            plan.check_n(count - (ordering_size(count) if ways > 1 else 0))
 
     def _check_order(self, data: Any, targets: Sequence[Target], ways: int) -> None:
         """Refuse to take the order of the data for random unless the caller says so."""
@@ -142,10 +148,6 @@ class Question:
                     "permuted; give a map-style Dataset or tensors, or order='given' if the order "
                     "is random already"
                 )
-
-    def ordering_size(self, n: int) -> int:
-        """Examples that order the candidates."""
-        return int(ORDERING_SHARE * n)
 
     def looks_early(self, n: int | None, *, random: bool) -> bool:
         """Whether to look early at n examples (None: not known) in random order."""
@@ -183,10 +185,7 @@ def certify(
         for levels in ways
     ]
     losses = [risk.loss for risk in question.risks]
-    order = None
-    if permutable(data):
-        generator = torch.Generator().manual_seed(question.seed)
-        order = torch.randperm(order_length(data), generator=generator)
+    order = random_order(data, question.seed) if permutable(data) else None
     names = _group_names(question, data, batch_size)
     candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
@@ -247,7 +246,7 @@ class _Run:
                 "several scopes or criteria, or procedure='split_fixed_sequence', set a part of "
                 "the examples aside and need a map-style Dataset or tensors"
             )
-        size = self.question.ordering_size(len(self.order))
+        size = ordering_size(len(self.order))
         self.question.check_enough(len(self.order) - size)
         self.procedure = resolve_procedure("split_fixed_sequence")
         evaluation = self.evaluation(candidates)

@@ -21,8 +21,10 @@ from confprune.batches import (
     call,
     example_count,
     order_length,
+    ordering_size,
     padding_mask_of,
     permutable,
+    random_order,
     slice_batch,
     targets_of,
 )
@@ -251,8 +253,6 @@ def _tested_examples(
 
     None for an order that does not matter or is that of the data; None for all examples.
     """
-    from confprune.certify import ORDERING_SHARE  # which itself makes certificates
-
     looks = certificate.looks
     examples = None if looks is None else looks.seen[level]
     set_aside = certificate.procedure == "split_fixed_sequence"
@@ -267,12 +267,12 @@ def _tested_examples(
             _check_total(certificate, count)
         return None, examples
     total = order_length(data)
-    aside = int(ORDERING_SHARE * total) if set_aside else 0
+    aside = ordering_size(total) if set_aside else 0
     _check_total(certificate, total - aside)
     if certificate.seed is None or (looks is not None and looks.order == "given"):
         order = torch.arange(total)
     else:
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(certificate.seed))
+        order = random_order(data, certificate.seed)
     return order[aside:][:examples], examples
 
 
