@@ -14,6 +14,7 @@ from benchmarks.curves import (
     HARD_CURVES,
     LOSS_PARTS,
     SPARSITIES,
+    FloatArray,
     NestedLosses,
     clopper_pearson,
     standard_error,
@@ -21,9 +22,9 @@ from benchmarks.curves import (
 from benchmarks.parallel import run_jobs
 from benchmarks.records import Row, markdown
 from benchmarks.remember import remember_pure_functions
-from confprune.risk.looks import default_looks
+from confprune.risk.looks import LookPlan, default_looks
 from confprune.risk.pvalues import PVALUES
-from confprune.risk.sequential import RiskTarget, SequentialTest
+from confprune.risk.sequential import RiskTarget, SequentialResult, SequentialTest
 from confprune.risk.testing import fixed_sequence
 
 if TYPE_CHECKING:
@@ -99,22 +100,7 @@ def _measure_one(job: Job) -> Row:
     evaluations, early, fixed = np.zeros((3, job.draws))
     violations = 0
     for draw in range(job.draws):
-        test = SequentialTest(plan, len(risks), [RiskTarget(ALPHA, job.pvalue)])
-        if PVALUES[job.pvalue].anytime:
-            losses = source.losses(job.n, rng)
-            while not test.finished:
-                rows = losses[test.seen : test.next_look]
-                test.update([rows[:, test.active]])
-            pvalues = PVALUES[job.pvalue].from_losses(losses, ALPHA)
-        else:
-            totals = np.zeros(len(risks))
-            for size in np.diff([0, *plan.sizes]):
-                sums = source.sums(int(size), rng)
-                totals += sums
-                if not test.finished:
-                    test.update_sums(int(size), sums[None, test.active])
-            pvalues = PVALUES[job.pvalue].from_sums(totals, job.n, ALPHA)
-        result = test.result()
+        result, pvalues = _test_both_ways(source, plan, job.pvalue, rng)
         evaluations[draw] = result.evaluations
         seen += result.seen
         early[draw] = _certified(result.rejected)
@@ -142,6 +128,26 @@ def _measure_one(job: Job) -> Row:
         "violation_interval": [round(low, 4), round(high, 4)],
         "examples_by_level": [round(value, 1) for value in (seen / job.draws).tolist()],
     }
+
+
+def _test_both_ways(
+    source: NestedLosses, plan: LookPlan, pvalue: str, rng: np.random.Generator
+) -> tuple[SequentialResult, FloatArray]:
+    """One draw: the result with looks, and the p-values [K] of all its examples."""
+    kind = PVALUES[pvalue]
+    test = SequentialTest(plan, len(source.risks), [RiskTarget(ALPHA, pvalue)])
+    if kind.from_sums is None:
+        losses = source.losses(plan.n, rng)
+        while not test.finished:
+            test.update([losses[test.seen : test.next_look, test.active]])
+        return test.result(), kind.from_losses(losses, ALPHA)
+    totals = np.zeros(len(source.risks))
+    for size in np.diff([0, *plan.sizes]):
+        sums = source.sums(int(size), rng)
+        totals += sums
+        if not test.finished:
+            test.update_sums(int(size), sums[None, test.active])
+    return test.result(), kind.from_sums(totals, plan.n, ALPHA)
 
 
 def _certified(rejected: np.ndarray[Any, np.dtype[np.bool_]]) -> float:

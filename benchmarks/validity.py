@@ -72,12 +72,12 @@ class Setting:
     @property
     def risks(self) -> FloatArray:
         """Risks [R, K]."""
-        return np.array(self.alphas)[:, None] * np.array(self.multiples)
+        return np.asarray(np.array(self.alphas)[:, None] * np.array(self.multiples))
 
     @property
     def forbidden(self) -> BoolArray:
         """Levels [K] with some risk at or above its alpha."""
-        return np.any(np.array(self.multiples) >= 1.0, axis=0)
+        return np.asarray(np.any(np.array(self.multiples) >= 1.0, axis=0))
 
 
 # Where several risks are to be kept, each reaches its alpha at some level where the others are
@@ -138,7 +138,7 @@ def variants(setting: str, family: str) -> list[Variant]:
         # Bonferroni is Holm's first step, split testing is a fixed sequence of other data, and
         # neither hoeffding nor bentkus ever rejects what hoeffding_bentkus does not: with looks,
         # they could show little that the others do not.
-        names = WITH_LOOKS if every else ("fixed_sequence", "holm")
+        names: tuple[str, ...] = WITH_LOOKS if every else ("fixed_sequence", "holm")
         if kind.name in ("hoeffding", "bentkus"):
             names = ("fixed_sequence",)
         found += [Variant(kind.name, name, True) for name in names]
@@ -281,7 +281,7 @@ def _pvalues(draws: Sequence[Draw], setting: Setting, name: str) -> FloatArray:
             by_risk.append(PVALUES[name].from_losses(columns, alpha).reshape(-1, LEVELS))
             continue
         by_risk.append(np.stack([_masked_pvalues(draw, risk, alpha, name) for draw in draws]))
-    return np.max(by_risk, axis=0)
+    return np.asarray(np.max(by_risk, axis=0))
 
 
 def _masked_pvalues(draw: Draw, risk: int, alpha: float, name: str) -> FloatArray:
@@ -298,13 +298,13 @@ def _masked_pvalues(draw: Draw, risk: int, alpha: float, name: str) -> FloatArra
 
 
 def _test_at_once(pvalues: FloatArray, draw: Draw, variant: Variant) -> BoolArray:
-    needs: dict[str, Any] = {
+    further: dict[str, dict[str, Any]] = {
         "several_starts": {"starts": STARTS},
         "graphical": {"weights": _WEIGHTS, "transitions": _TRANSITIONS},
         "split": {"order": draw.order},
-    }.get(variant.procedure, {})
+    }
     name = _PROCEDURE_NAMES.get(variant.procedure, variant.procedure)
-    return PROCEDURES[name].test(pvalues, DELTA, **needs)
+    return PROCEDURES[name].test(pvalues, DELTA, **further.get(variant.procedure, {}))
 
 
 def _test_early(draw: Draw, setting: Setting, variant: Variant) -> BoolArray:
@@ -395,7 +395,7 @@ def plot(record: Mapping[str, Any]) -> Figure:
         axes.axvline(DELTA, color=figures.LIMIT, linewidth=1.2, linestyle="--")
         axes.set_title(setting, fontsize=11)
         axes.set_xlabel("share of violations")
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.004)
         figures.clean(axes)
         for boundary in range(len(groups) - 1):
             axes.axhline(boundary + 0.5, color="#dddddd", linewidth=0.6, zorder=0)

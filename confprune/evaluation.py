@@ -303,7 +303,8 @@ def _bounds_at_looks(
 
     At each look a bound at 1 - (what that look spends) holds; all of them together at 1 - delta.
     The exact test rejects whenever such a bound is below alpha, and more; where it rejects, alpha
-    itself is a bound.
+    itself is a bound. Bound and rejection are two statements of 1 - delta each, of which the
+    certificate's promise is the second; both together are proven at 1 - 2 delta.
     """
     name = target.pvalue
     spending = plan.spending

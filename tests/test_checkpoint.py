@@ -98,6 +98,15 @@ def test_a_certificate_of_nothing_prunes_nothing(folder):
     assert not target.exists()
 
 
+def test_written_files_have_the_rights_of_any_new_file(folder):
+    (folder / "any").write_text("")
+    save_file({"layer.weight": torch.randn(4, 4)}, folder / "model.safetensors")
+    checkpoint.prune(folder / "model.safetensors", folder / "rights.safetensors", sparsity=0.5)
+    checkpoint.save(nn.Linear(2, 2), folder / "saved.safetensors")
+    for name in ("rights.safetensors", "saved.safetensors"):
+        assert (folder / name).stat().st_mode == (folder / "any").stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
     save_file({"layer.weight": torch.randn(4, 4)}, folder / "model.safetensors")
     (folder / "pruned.safetensors").write_text("of last time")
