@@ -297,6 +297,9 @@ def calibrate(
     check_data(data, batch_size)
     criteria = [criterion] if isinstance(criterion, str) else list(criterion)
     scopes = [scope] if isinstance(scope, str) else list(scope)
+    for name, several in (("criterion", criteria), ("scope", scopes)):
+        if not several or len(set(several)) < len(several):
+            raise ValueError(f"{name} must name at least one, each once, got {several}")
     question.check(data, len(criteria) * len(scopes))
     ways = [
         prune_levels(model, grid, scope=one_scope, criterion=one_criterion, parameters=parameters)

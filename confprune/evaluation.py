@@ -334,5 +334,7 @@ def moved_batches(
     total = example_count(data) if order is None else len(order)
     with tqdm(total=total, desc=title, unit="example", disable=not progress) as bar:
         for batch in batches(data, batch_size, order):
-            yield move_batch(batch, device)
-            bar.update(batch_length(batch))
+            try:
+                yield move_batch(batch, device)
+            finally:  # also of the batch after which nothing more is asked for
+                bar.update(batch_length(batch))

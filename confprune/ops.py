@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 # A plain library, not a Python module: it needs no C headers of Python, and serves every version.
-torch.ops.load_library(str(Path(__file__).with_name("_C.so")))
+_LIBRARY = Path(__file__).with_name("_C.so")
+if not _LIBRARY.is_file():
+    raise ImportError(
+        f"confprune was not built in {_LIBRARY.parent}: run pip install --no-build-isolation -e . "
+        "in the folder above, or leave that folder to import an installed confprune"
+    )
+torch.ops.load_library(str(_LIBRARY))
 
 
 def instruction_set() -> str:

@@ -21,6 +21,7 @@ from confprune.cli import COMMANDS, main
 PROJECT = '''
 import os
 import signal
+import warnings
 
 import numpy as np
 import torch
@@ -67,6 +68,11 @@ def labelled():
 
 def batches():
     return [inputs()[:150], inputs()[150:]]
+
+
+def outdated():
+    warnings.warn("use the new data", FutureWarning)
+    return inputs()
 
 
 def halves(batch):
@@ -374,6 +380,11 @@ def test_an_order_is_taken_for_random_when_told_so(folder, capsys):
     assert calibrated(*arguments, "--order=given").looks.order == "given"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("confprune calibrate: warning: the order of the examples")
+
+
+def test_warnings_of_others_are_shown_as_they_are(folder, capsys):
+    with pytest.warns(FutureWarning, match="use the new data"):
+        calibrated(*ONE_RISK, "--delta=0.1", "--data=project:outdated")
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,7 @@ class TestProducts:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_all_values_of_16_bit_floats_are_read_and_rounded_as_torch_does(self, dtype):
         every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+        every = every[every.isfinite()]
         for factor in [1.0, 1 / 3, -1.171875, 2.0**-12, 1.5 * 2.0**-9, 1.9 * 2.0**7]:
             weight = torch.tensor([[factor]], dtype=dtype)
             never = torch.ones(1, 1, dtype=torch.uint8)
@@ -288,6 +289,15 @@ class TestProducts:
                 torch.testing.assert_close(
                     y.flatten(), expected, rtol=0, atol=0, equal_nan=True, msg=f"times {factor}"
                 )
+
+    @pytest.mark.parametrize("strange", [torch.inf, -torch.inf, torch.nan])
+    def test_infinity_and_nan_are_refused_because_pruned_weights_would_hide_them(self, strange):
+        weight = torch.ones(3, 5)
+        rows = prefix_rows(weight, torch.zeros(3, 5, dtype=torch.uint8), 1, 5)
+        x = torch.ones(1, 9, 5)
+        x[0, 7, 2] = strange
+        with pytest.raises(RuntimeError, match="infinity or NaN"):
+            grid_linear(x, None, torch.tensor([0]), rows, 3, 5, True)
 
     def test_small_half_numbers_are_read_exactly_where_denormals_are_flushed(self):
         every = torch.arange(1 << 15, dtype=torch.int16).view(torch.float16)[:0x7C00]

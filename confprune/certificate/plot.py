@@ -47,7 +47,7 @@ def plot_certificate(
 ) -> Figure:
     """Plot the risk of each level with its confidence bound, alpha and the certified point.
 
-    Needs matplotlib: ``pip install confprune[plot]``. No global state of matplotlib is touched.
+    Needs matplotlib: ``pip install matplotlib``. No global state of matplotlib is touched.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ def plot_certificate(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as problem:
-        raise ImportError("plots need matplotlib: pip install confprune[plot]") from problem
+        raise ImportError("plots need matplotlib: pip install matplotlib") from problem
     if test_risks is not None and len(test_risks) != len(certificate.sparsities):
         raise ValueError(
             f"test_risks has {len(test_risks)} values for {len(certificate.sparsities)} sparsities"
