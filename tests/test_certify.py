@@ -333,7 +333,7 @@ class TestGuarantees:
             calibrate(model, data, delta=None)
 
 
-def test_no_certified_level_exceeds_alpha_more_often_than_delta():
+def test_no_certified_level_exceeds_alpha_more_often_than_delta(one_thread):
     """300 calibrations with early looks of a network whose risks are known exactly."""
     model = nn.Linear(3, 2, bias=False)
     model.weight.data = torch.tensor([[1.0, 0.4, 0.2], [-1.0, -0.4, -0.2]])
