@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from confprune.losses import Reference
+
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 DEFAULT_BATCH_SIZE = 256
@@ -211,6 +213,11 @@ def padding_mask_of(batch: Any) -> Tensor | None:
         mask = batch["attention_mask"]
         return mask.bool() if mask.ndim == 2 else None
     return None
+
+
+def reference_of(outputs: Tensor, batch: Any) -> Reference:
+    """What pruned outputs on a batch are compared with: the full network's, labels and padding."""
+    return Reference(outputs, targets_of(batch), padding_mask_of(batch))
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
-from confprune.certify import Question, certify, needs_more, versions
+from confprune.certify import Question, certify, check_enough, needs_more, versions
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
 from confprune.parameters import ParameterFilter
-from confprune.risk.bounds import required_n, upper_bound
+from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
 from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import resolve_pvalue
@@ -148,7 +148,7 @@ def calibrate_losses(
     losses = check_losses(losses)
     if losses.shape[1] != len(grid):
         raise ValueError(f"losses has {losses.shape[1]} columns for {len(grid)} sparsities")
-    _check_enough(len(losses), alpha, delta)
+    check_enough(len(losses), alpha, delta)
     kind = resolve_pvalue(pvalue, losses_are_binary(losses))
     values = kind.from_losses(losses, alpha)
     return Certificate(
@@ -330,12 +330,3 @@ def _needed_delta(delta: float | None) -> float:
     if delta is None:
         raise ValueError("give delta=, the largest probability of a false claim, such as delta=0.1")
     return delta
-
-
-def _check_enough(n: int, alpha: float, delta: float) -> None:
-    needed = required_n(alpha, delta)
-    if n < needed:
-        raise ValueError(
-            f"{n} examples cannot certify even a zero loss at alpha={alpha:g}, delta={delta:g}; "
-            f"at least {needed} are needed: give more examples, or raise alpha or delta"
-        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -95,17 +96,15 @@ class Question:
 
     def check_enough(self, n: int, group: str | None = None) -> None:
         """Raise ValueError where `n` examples cannot certify even a zero loss."""
-        needed = 1 if self.guarantee == "expectation" else required_n(self.alpha, self.delta)
-        if n >= needed:
-            return
-        who = "" if group is None else f" of group {group!r}"
-        way_out = "give more examples, or raise alpha or delta"
-        if group is not None:
-            way_out += ", or merge the group with another"
-        raise ValueError(
-            f"{n} examples{who} cannot certify even a zero loss at alpha={self.alpha:g}, "
-            f"delta={self.delta:g}; at least {needed} are needed: {way_out}"
-        )
+        if self.guarantee != "expectation":
+            check_enough(n, self.alpha, self.delta, group)
+
+    def check_groups(self, labels: Iterable[str]) -> list[str]:
+        """The groups among these labels, each of them large enough."""
+        sizes = Counter(labels)
+        for group, size in sorted(sizes.items()):
+            self.check_enough(size, group)
+        return sorted(sizes)
 
     def _check_plain(self, ways: int) -> None:
         extras = {
@@ -333,11 +332,8 @@ class _Run:
 
     def _late_targets(self, labels: np.ndarray) -> list[Target]:
         """The targets where the groups could not be known before the data had been read."""
-        sizes = Counter(labels.tolist())
-        for group, size in sorted(sizes.items()):
-            self.question.check_enough(size, group)
-        pvalue = self.question.pvalue
-        return resolve_targets(self.question.risks, sorted(sizes), pvalue, early=False)
+        groups = self.question.check_groups(labels.tolist())
+        return resolve_targets(self.question.risks, groups, self.question.pvalue, early=False)
 
     def _certificate(
         self,
@@ -410,6 +406,21 @@ class _Run:
         )
 
 
+def check_enough(n: int, alpha: float, delta: float, group: str | None = None) -> None:
+    """Raise ValueError, with the number needed, where n examples cannot certify a zero loss."""
+    needed = required_n(alpha, delta)
+    if n >= needed:
+        return
+    who = "" if group is None else f" of group {group!r}"
+    way_out = "give more examples, or raise alpha or delta"
+    if group is not None:
+        way_out += ", or merge the group with another"
+    raise ValueError(
+        f"{n} examples{who} cannot certify even a zero loss at alpha={alpha:g}, "
+        f"delta={delta:g}; at least {needed} are needed: {way_out}"
+    )
+
+
 def needs_more(procedure: Procedure) -> str:
     """What to tell a caller whose procedure cannot run by its name alone."""
     return (
@@ -444,13 +455,9 @@ def _group_names(question: Question, data: Any, batch_size: int | None) -> list[
     """The groups there are, read from the data beforehand; None where it can be read only once."""
     if question.groups is None or isinstance(data, Iterator):
         return None
-    sizes: Counter[str] = Counter()
     order = torch.arange(order_length(data)) if permutable(data) else None
-    for batch in batches(data, batch_size, order):
-        sizes.update(group_labels(batch, question.groups))
-    for group, size in sorted(sizes.items()):
-        question.check_enough(size, group)
-    return sorted(sizes)
+    every = (group_labels(batch, question.groups) for batch in batches(data, batch_size, order))
+    return question.check_groups(itertools.chain.from_iterable(every))
 
 
 def _means(sums: FloatArray, counts: IntArray) -> FloatArray:

@@ -22,16 +22,15 @@ from confprune.batches import (
     example_count,
     order_length,
     ordering_size,
-    padding_mask_of,
     permutable,
     random_order,
+    reference_of,
     slice_batch,
-    targets_of,
 )
 from confprune.certificate.evidence import Part
 from confprune.evaluation import moved_batches
 from confprune.grid import evaluation_mode
-from confprune.losses import BUILT_IN, Loss, LossLike, Reference, check_shapes, resolve_loss
+from confprune.losses import BUILT_IN, Loss, LossLike, check_shapes, resolve_loss
 from confprune.risks import Accept, Groups, group_labels, resolve_accept
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ def _measure(
             batch = slice_batch(whole, 0, left) if batch_length(whole) > left else whole
             full = call(model, batch, forward)
             outputs = call(pruned, batch, forward)
-            reference = Reference(full, targets_of(batch), padding_mask_of(batch))
+            reference = reference_of(full, batch)
             for measure in measures:
                 check_shapes(measure, outputs, reference)
             values.append(torch.stack([of(outputs, reference).double() for of in measures]).cpu())

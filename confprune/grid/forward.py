@@ -9,9 +9,9 @@ same numbers are made level by level.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ from confprune.batches import (
     batch_length,
     call,
     copy_batch,
-    padding_mask_of,
+    reference_of,
     slice_batch,
-    targets_of,
 )
 from confprune.grid.mode import GridMode, Layer
 from confprune.levels import PruneLevels
@@ -112,7 +111,7 @@ class GridForward:
         for begin, end in self._example_chunks(size, len(active)):
             part = slice_batch(batch, begin, end)
             full = self._network(part)
-            reference = Reference(full, targets_of(part), padding_mask_of(part))
+            reference = reference_of(full, part)
             done = 0
             while done < len(active):
                 chunk = active[done : done + self._level_chunk(end - begin)]
@@ -183,7 +182,7 @@ class GridForward:
                 f"the model's output has shape {list(full.shape)} for a batch of {size} examples; "
                 "its first dimension must be the batch: pass forward= to arrange that"
             )
-        reference = Reference(full, targets_of(part), padding_mask_of(part))
+        reference = reference_of(full, part)
         for loss in self.losses:
             check_shapes(loss, full, reference)
             values = loss(full, reference)
@@ -215,12 +214,13 @@ class GridForward:
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
         """Weights that no function received, and that change nothing, need not be masked."""
-        unseen = {n: p for n, p in self._network.weights(self.levels.levels) if n not in met}
-        if not unseen:
-            return
-        poison = {name: torch.full_like(weight, torch.nan) for name, weight in unseen.items()}
-        if torch.equal(self._network.with_weights(poison, batch), full):
-            self._unused = set(unseen)
+        poison = {
+            layer.name: torch.full_like(layer.weight, torch.nan)
+            for layer in self._layers.values()
+            if layer.name not in met
+        }
+        if poison and torch.equal(self._network.with_weights(poison, batch), full):
+            self._unused = set(poison)
 
     def _cross_check(self, batch: Any) -> None:
         """Compare the grid with the plain masked network at a few levels; else fall back."""
@@ -281,24 +281,18 @@ class _Network(nn.Module):
         # A copy, because some models work on their inputs in place, and this batch is used again.
         return call(self.model, copy_batch(batch), self._forward)
 
-    def weights(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters with these names."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return ((name, named[name]) for name in names)
-
     def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
         """The outputs with some parameters replaced, tied ones everywhere."""
         named = {f"model.{name}": weight for name, weight in weights.items()}
         return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
 
 
-class _Footprint:
+class _Footprint(NamedTuple):
     """Bytes that one example or one level costs, and the examples that fill the lanes."""
 
-    def __init__(self, activation: int, weight: int, examples: int) -> None:
-        self.activation = activation
-        self.weight = weight
-        self.examples = examples
+    activation: int
+    weight: int
+    examples: int
 
 
 class _Probe(TorchFunctionMode):
