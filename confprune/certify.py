@@ -27,7 +27,7 @@ from confprune.batches import (
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, binding_part
 from confprune.certificate.fingerprint import fingerprint
-from confprune.evaluation import Evaluation, Findings, evaluate_all, test_all, test_early
+from confprune.evaluation import Evaluation, Findings, early_test, evaluate_all, fixed_test
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss
@@ -278,7 +278,7 @@ class _Run:
                 "tensors or a DataLoader, or looks=None"
             )
         if plan is not None:
-            findings = test_early(
+            findings = early_test(
                 evaluation,
                 self.data,
                 targets,
@@ -294,7 +294,7 @@ class _Run:
             question.check_enough(n)
             if evidence.labels is not None and self.groups is None:
                 targets = self._late_targets(evidence.labels)
-            findings = test_all(evidence, self.losses, targets, question.delta, self.procedure)
+            findings = fixed_test(evidence, self.losses, targets, question.delta, self.procedure)
         return self._certificate(findings, targets, candidates, ways, plan, n)
 
     def control(self, levels: PruneLevels) -> Certificate:

@@ -196,7 +196,7 @@ class Findings:
     acceptance: FloatArray | None
 
 
-def test_all(
+def fixed_test(
     evidence: Evidence,
     losses: Sequence[Loss],
     targets: Sequence[Target],
@@ -250,7 +250,7 @@ def _test_columns(matrix: NDArray[np.float32], target: Target, delta: float) -> 
     )
 
 
-def test_early(
+def early_test(
     evaluation: Evaluation,
     data: Any,
     targets: Sequence[Target],
