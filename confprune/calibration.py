@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
-from confprune.certify import Question, certify, check_enough, needs_more, versions
+from confprune.certify import certify, versions
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
 from confprune.parameters import ParameterFilter
+from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
 from confprune.risk.looks import LookPlan

@@ -8,7 +8,7 @@ import pytest
 
 import confprune
 from confprune.arguments import parser
-from confprune.certify import GUARANTEES
+from confprune.question import GUARANTEES
 from confprune.risk import pvalues, testing
 
 README = Path(__file__).parents[1] / "README.md"
