@@ -440,14 +440,14 @@ def test_prefix_rows_hold_every_masked_matrix(num_levels, block):
     levels = random_levels(weight.shape, num_levels)
     values, columns, starts, counts = prefix_rows(weight, levels, num_levels, block)
     blocks = -(-30 // block)
-    assert counts.shape == (13 * blocks, num_levels)
+    assert counts.shape == (num_levels, 13 * blocks)
     assert len(values) == len(columns) == starts[-1] == (levels > 0).sum()
     for j in {0, num_levels // 2, num_levels - 1}:
         dense = torch.zeros(13, 30)
         for cell in range(13 * blocks):
-            row, first = cell // blocks, cell % blocks * block
+            row, first = cell % 13, cell // 13 * block
             begin = int(starts[cell])
-            alive = slice(begin, begin + int(counts[cell, j]))
+            alive = slice(begin, begin + int(counts[j, cell]))
             dense[row, first + columns[alive].long()] = values[alive]
         assert torch.equal(dense, torch.where(levels > j, weight, 0))
 

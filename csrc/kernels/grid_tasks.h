@@ -22,6 +22,7 @@ struct PackedInput {
 struct GridDetails {
   GridProduct product;
   PackedInput packed;
+  bool in_place;       // x needs no packing
   int64_t chunks;      // of the batch
   int64_t row_tile;    // rows of one task
   int64_t row_groups;  // tasks along the rows
