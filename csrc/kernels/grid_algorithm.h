@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/elements.h"
 #include "kernels/grid_tasks.h"
@@ -173,11 +174,61 @@ class Finite {
   T zero_ = 0;
 };
 
-// x [count, channels], strided, into [channel, chunk]; examples past `count` are 0. In squares, so
-// that lines are read and written whole.
+// {a[0], b[0], a[1], b[1], ...}, of the lower halves or of the upper.
+template <class V, std::size_t... I>
+inline V interleave(V a, V b, bool upper, std::index_sequence<I...>) {
+  constexpr int kWidth = int(sizeof...(I));
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, (int(I) / 2 + kWidth / 2 + int(I) % 2 * kWidth)...)
+               : __builtin_shufflevector(a, b, (int(I) / 2 + int(I) % 2 * kWidth)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  typedef Index Mask __attribute__((vector_size(sizeof(V))));
+  return upper ? __builtin_shuffle(a, b, Mask{Index(I / 2 + kWidth / 2 + I % 2 * kWidth)...})
+               : __builtin_shuffle(a, b, Mask{Index(I / 2 + I % 2 * kWidth)...});
+#endif
+}
+
+// out[column, row] = in[row, column], in squares of whole vectors.
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+               int64_t out_stride) {
+  using L = Lanes<T>;
+  constexpr int64_t kWidth = L::kWidth;
+  const auto lanes = std::make_index_sequence<kWidth>{};
+  const int64_t whole_rows = rows - rows % kWidth, whole_columns = columns - columns % kWidth;
+  for (int64_t r = 0; r < whole_rows; r += kWidth)
+    for (int64_t c = 0; c < whole_columns; c += kWidth) {
+      typename L::Vector a[kWidth], b[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i)
+        a[i] = *reinterpret_cast<const typename L::Unaligned*>(in + (r + i) * in_stride + c);
+      for (int64_t half = 1; half < kWidth; half *= 2) {  // a perfect shuffle each time
+        for (int64_t i = 0; i < kWidth / 2; ++i) {
+          b[2 * i] = interleave(a[i], a[i + kWidth / 2], false, lanes);
+          b[2 * i + 1] = interleave(a[i], a[i + kWidth / 2], true, lanes);
+        }
+        std::copy(b, b + kWidth, a);
+      }
+      for (int64_t i = 0; i < kWidth; ++i)
+        *reinterpret_cast<typename L::Unaligned*>(out + (c + i) * out_stride + r) = a[i];
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// x [count, channels], strided, into [channel, chunk]; examples past `count` are 0. A few channels
+// at a time, so that lines are read and written whole.
 template <class T, class Input>
 void pack_transposed(const Input* x, int64_t batch_stride, int64_t channel_stride, int64_t count,
                      int64_t channels, int64_t chunk, T* out) {
+  if constexpr (std::is_same<T, Input>::value)
+    if (channel_stride == 1) {
+      transpose(x, batch_stride, count, channels, out, chunk);
+      for (int64_t c = 0; c < channels && count < chunk; ++c)
+        std::fill(out + c * chunk + count, out + (c + 1) * chunk, T(0));
+      return;
+    }
   constexpr int64_t kSquare = 16;
   for (int64_t c0 = 0; c0 < channels; c0 += kSquare) {
     const int64_t c1 = std::min(channels, c0 + kSquare);
@@ -259,6 +310,12 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
            int64_t lanes, int64_t count) {
   const Activation& layout = d.product.y;
   const int64_t chunk = d.packed.chunk;
+  if constexpr (std::is_same<T, Output>::value)
+    if (layout.channel_stride == 1 && d.product.convolution.output[2] == 1) {
+      const int64_t valid = std::min(lanes, count - first_lane);
+      return transpose(tile, Lanes<T>::kTile, rows, valid, y + first_lane * layout.batch_stride,
+                       layout.batch_stride);
+    }
   constexpr int64_t kRowBlock = 16;  // rows whose lines stay in L1 while examples are walked
   for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
     const int64_t end = std::min(rows, begin + kRowBlock);
