@@ -8,6 +8,7 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from confprune.batches import (
     reference_of,
     slice_batch,
 )
-from confprune.grid.fusion import Fusion, Watcher
+from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.mode import METADATA, GridMode, Layer
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
@@ -35,6 +36,8 @@ ACTIVATION_BYTES = 64 << 20
 """Default budget for the activations of the levels and examples in flight together."""
 
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
+_LANES = 128  # vectors that the products take together
+_CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _CHECK_EXAMPLES = 4
 _CHECK_LEVELS = 3
 _TOLERANCE = {
@@ -310,7 +313,8 @@ class _Probe(TorchFunctionMode):
         super().__init__()
         self._layers = layers
         self._largest = 1
-        self._vectors = True
+        self._work = 0  # of the layer with the most operations
+        self._rows = 0  # vectors it takes; 0 for a convolution
         self._watcher = Watcher(lambda value: id(value) in layers)
         self.met: set[str] = set()
 
@@ -324,7 +328,10 @@ class _Probe(TorchFunctionMode):
         weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
         if weights:
             self.met.update(self._layers[id(weight)].name for weight in weights)
-            self._vectors &= bool(args) and isinstance(args[0], Tensor) and args[0].ndim == 2
+            work = result.numel() * weights[0][0].numel() if func in LAYER_CALLS else 0
+            if work > self._work:
+                self._work, matrix = work, weights[0].ndim == 2
+                self._rows = result.numel() // result.shape[-1] if matrix else 0
         if self.met:  # before, all levels share their activations
             for leaf in tree_iter(result):
                 if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
@@ -337,7 +344,10 @@ class _Probe(TorchFunctionMode):
         return self._watcher.fusions
 
     def footprint(self, size: int, weight: int) -> _Footprint:
-        return _Footprint(-(-self._largest // size), weight, 128 if self._vectors else 16)
+        """What one of `size` examples costs; `weight` is that of a masked weight."""
+        rows = self._rows // size
+        examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
+        return _Footprint(-(-self._largest // size), weight, examples)
 
 
 @contextmanager
