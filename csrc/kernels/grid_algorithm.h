@@ -351,6 +351,14 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
   }
 }
 
+}  // namespace
+}  // namespace confprune
+
+#include "kernels/grid_winograd.h"
+
+namespace confprune {
+namespace {
+
 template <class T, class InOut>
 void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   using L = Lanes<T>;
@@ -390,6 +398,9 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   InOut* y = static_cast<InOut*>(product.y.data) + first * product.y.batch_stride;
   if (!product.shared)
     y += k * product.y.level_stride;
+  if constexpr (std::is_same<T, float>::value)
+    if (!d.winograd.levels.empty() && d.winograd.levels[k])
+      return run_winograd(d, product.levels[k], row_begin, row_end, packed, tile, y, count);
   const int64_t line_lanes = c.output[2] * d.packed.chunk;
   for (int64_t o0 = 0; o0 < c.output[0]; ++o0)
     for (int64_t o1 = 0; o1 < c.output[1]; ++o1)
