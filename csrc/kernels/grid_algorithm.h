@@ -156,21 +156,25 @@ class Finite {
  public:
   void look(const T* values, int64_t count) {
     int64_t i = 0;
-    for (; i + L::kWidth <= count; i += L::kWidth)
-      zeros_ += T(0) * *reinterpret_cast<const typename L::Unaligned*>(values + i);
+    for (; i + kSums * L::kWidth <= count; i += kSums * L::kWidth)
+      for (int s = 0; s < kSums; ++s)
+        zeros_[s] +=
+            T(0) * *reinterpret_cast<const typename L::Unaligned*>(values + i + s * L::kWidth);
     for (; i < count; ++i)
       zero_ += T(0) * values[i];
   }
   bool all() const {
     T sum = zero_;
-    for (int i = 0; i < L::kWidth; ++i)
-      sum += zeros_[i];
+    for (int s = 0; s < kSums; ++s)
+      for (int i = 0; i < L::kWidth; ++i)
+        sum += zeros_[s][i];
     return sum == T(0);
   }
 
  private:
   using L = Lanes<T>;
-  typename L::Vector zeros_ = {};
+  static constexpr int kSums = 4;
+  typename L::Vector zeros_[kSums] = {};
   T zero_ = 0;
 };
 
