@@ -189,7 +189,8 @@ def test_normalisation_and_relu_are_done_together_with_their_layer(way):
     with Functions() as seen:
         forward._grid_outputs(x, [0, 1])
     assert "grid_conv" in seen.names
-    assert not {"relu", "relu_", "mul", "add", "clamp_min"} & set(seen.names)
+    assert not {"relu", "relu_", "clamp_min"} & set(seen.names)
+    assert seen.names.count("mul") == 1  # the layer's own bias times the scale
 
 
 @pytest.mark.parametrize(
