@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import peers
 from benchmarks.comparisons import absent, at_least, bars, compare, table
-from benchmarks.matrix import Case, Sizes
+from benchmarks.matrix import Case, Sizes, part_of
 from benchmarks.networks import SUBJECTS, Subject
 from benchmarks.records import Row, Unavailable, markdown
 from benchmarks.timing import Contender, interleaved
@@ -31,12 +31,13 @@ DELTA = 0.1
 FULL = Sizes(
     cases=(
         Case("LeNet-300-100", 5000, 100, 10, 50, (64, 256, 1024, 4096), 4096),
-        Case("residual CNN", 5000, 100, 4, 20, (8, 32, 128), 256),
-        Case("MiniLM", 2000, 50, 3, 10, (8, 32, 128), 128),
+        Case("residual CNN", 5000, 100, 10, 20, (8, 32, 128), 256),
+        Case("MiniLM", 2000, 50, 5, 10, (8, 32, 128), 128),
     ),
     effort=1.0,
     rounds=9,
     seconds=10.0,
+    part_seconds=20.0,
 )
 QUICK = Sizes(
     cases=(
@@ -47,6 +48,7 @@ QUICK = Sizes(
     effort=0.2,
     rounds=3,
     seconds=1.0,
+    part_seconds=1.0,
 )
 
 
@@ -67,9 +69,9 @@ def _row(case: Case, sizes: Sizes, seed: int) -> Row:
     except Unavailable as error:
         return absent(what, "all peers", str(error))
     task = peers.Task.of(subject, prune_levels(subject.model, case.grid))
-    chosen = peers.spaced_levels(case.levels, case.part)
     tuned = [peers.tune(name, task, case.batches, case.tuning) for name in case.names]
     fastest = min(tuned, key=lambda peer: peer.seconds)
+    chosen = fastest.levels_within(sizes.part_seconds, task, case.part)
     found: list[Certificate] = []
     times = interleaved(
         {
@@ -86,7 +88,7 @@ def _row(case: Case, sizes: Sizes, seed: int) -> Row:
         times["confprune"],
         f"{fastest.name}, full matrix",
         times[fastest.name],
-        part=f"{len(chosen)} levels",
+        part=part_of(len(chosen), case.levels),
         scale=case.levels / len(chosen),
         target=at_least(case.target),
         agrees=abs(level - fixed_level) <= 1,

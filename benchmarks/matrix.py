@@ -37,7 +37,7 @@ class Case:
     n, levels : int
         Size of the loss matrix.
     part : int
-        How many of the levels the peers make; their time is multiplied to all.
+        At most so many of the levels are made by the peers, whose time is then multiplied.
     target : float
         Times faster than the fastest peer.
     batches : tuple of int
@@ -64,12 +64,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The networks, the share of their training that is done, and effort in timing."""
+    """The networks, the share of their training that is done, and effort in timing.
+
+    A peer makes as many levels as take it `part_seconds`.
+    """
 
     cases: tuple[Case, ...]
     effort: float
     rounds: int
     seconds: float
+    part_seconds: float
 
 
 FULL = Sizes(
@@ -81,6 +85,7 @@ FULL = Sizes(
     effort=1.0,
     rounds=9,
     seconds=10.0,
+    part_seconds=10.0,
 )
 QUICK = Sizes(
     cases=(
@@ -91,6 +96,7 @@ QUICK = Sizes(
     effort=0.2,
     rounds=3,
     seconds=1.0,
+    part_seconds=1.0,
 )
 
 
@@ -112,32 +118,43 @@ def _rows(case: Case, sizes: Sizes, seed: int) -> list[Row]:
         return [absent(what, "all peers", str(error))]
     levels = prune_levels(subject.model, case.grid)
     task = peers.Task.of(subject, levels)
-    chosen = peers.spaced_levels(case.levels, case.part)
     tuned = {name: peers.tune(name, task, case.batches, case.tuning) for name in case.names}
+    chosen = {
+        name: peer.levels_within(sizes.part_seconds, task, case.part)
+        for name, peer in tuned.items()
+    }
     made: dict[str, Tensor] = {}
     times = interleaved(
         {
             "confprune": Contender(lambda: made.update(confprune=_losses(subject, levels))),
-            **{name: _contender(peer, task, chosen, made) for name, peer in tuned.items()},
+            **{name: _contender(peer, task, chosen[name], made) for name, peer in tuned.items()},
         },
         rounds=sizes.rounds,
         seconds=sizes.seconds,
     )
-    fastest = min(tuned, key=lambda name: float(np.median(times[name])))
+    scales = {name: case.levels / len(some) for name, some in chosen.items()}
+    fastest = min(tuned, key=lambda name: scales[name] * float(np.median(times[name])))
     return [
         compare(
             what,
             times["confprune"],
             name,
             times[name],
-            part="" if len(chosen) == case.levels else f"{len(chosen)} levels",
-            scale=case.levels / len(chosen),
+            part=part_of(len(chosen[name]), case.levels),
+            scale=scales[name],
             target=at_least(case.target) if name == fastest else FASTER,
-            agrees=_same(made["confprune"][:, chosen], made[name]),
+            agrees=_same(made["confprune"][:, chosen[name]], made[name]),
             batch=peer.batch,
         )
         for name, peer in tuned.items()
     ]
+
+
+def part_of(levels: int, all_levels: int) -> str:
+    """What of the levels a peer made, in words; nothing if it made all."""
+    if levels == all_levels:
+        return ""
+    return f"{levels} levels" if levels > 1 else "one level"
 
 
 def _losses(subject: Subject, levels: PruneLevels) -> Tensor:

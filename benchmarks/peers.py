@@ -131,6 +131,15 @@ class Tuned:
         """Losses [n, L] of the chosen levels."""
         return PEERS[self.name](task, chosen, self.batch)
 
+    def levels_within(self, seconds: float, task: Task, most: int) -> list[int]:
+        """Levels spread over the grid, as many as take so long, but at most `most`.
+
+        An ensemble makes one pass of its networks at least.
+        """
+        least = ENSEMBLE if PEERS[self.name] is ensemble else 1
+        fit = int(seconds / (self.seconds * len(task.full)))
+        return spaced_levels(len(task.levels), max(least, min(fit, most)))
+
 
 @torch.no_grad()
 def tune(name: str, task: Task, batches: Sequence[int], examples: int) -> Tuned:

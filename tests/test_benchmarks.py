@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import shutil
+import types
 
 import pytest
 import torch
@@ -180,8 +181,10 @@ TINY_CASES = (
 )
 TINY = {
     "selection": selection.Sizes(20_000, 2000, 20, rounds=2, seconds=0.01),
-    "matrix": matrix.Sizes(TINY_CASES, effort=0.02, rounds=2, seconds=0.01),
-    "calibrate": matrix.Sizes(TINY_CASES[:1], effort=0.02, rounds=2, seconds=0.01),
+    "matrix": matrix.Sizes(TINY_CASES, effort=0.02, rounds=2, seconds=0.01, part_seconds=1.0),
+    "calibrate": matrix.Sizes(
+        TINY_CASES[:1], effort=0.02, rounds=2, seconds=0.01, part_seconds=1.0
+    ),
     "growth": growth.Sizes(
         (1000, 2000, 4000),
         (10, 20, 40),
@@ -262,6 +265,13 @@ def test_peers_make_the_same_losses_of_sentences():
 def test_levels_of_a_part_have_the_mean_of_all():
     assert peers.spaced_levels(100, 10) == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
     assert peers.spaced_levels(3, 10) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("seconds", "levels"), [(0.0, 1), (6.0, 3), (1e9, 10)])
+def test_a_peer_makes_as_many_levels_as_its_time_allows(seconds, levels):
+    task = types.SimpleNamespace(full=torch.zeros(20), levels=range(100))
+    peer = peers.Tuned(peers.COMMON[0], batch=5, seconds=0.1)
+    assert len(peer.levels_within(seconds, task, most=10)) == levels
 
 
 def test_a_benchmark_that_lacks_a_package_is_skipped(results, monkeypatch, capsys):
