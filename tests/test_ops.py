@@ -440,14 +440,14 @@ def test_prefix_rows_hold_every_masked_matrix(num_levels, block):
     levels = random_levels(weight.shape, num_levels)
     values, columns, starts, counts = prefix_rows(weight, levels, num_levels, block)
     blocks = -(-30 // block)
-    assert counts.shape == (13 * blocks, num_levels)
+    assert counts.shape == (num_levels, 13 * blocks)
     assert len(values) == len(columns) == starts[-1] == (levels > 0).sum()
     for j in {0, num_levels // 2, num_levels - 1}:
         dense = torch.zeros(13, 30)
         for cell in range(13 * blocks):
-            row, first = cell // blocks, cell % blocks * block
+            row, first = cell % 13, cell // 13 * block
             begin = int(starts[cell])
-            alive = slice(begin, begin + int(counts[cell, j]))
+            alive = slice(begin, begin + int(counts[j, cell]))
             dense[row, first + columns[alive].long()] = values[alive]
         assert torch.equal(dense, torch.where(levels > j, weight, 0))
 
@@ -530,7 +530,9 @@ def registered_calls():
     counts = torch.zeros(1 << 15, dtype=torch.int64)
     yield "magnitude_histogram", (scores, torch.float32, nothing, 16, 15, counts)
     top = scores.abs().view(torch.int32).long() >> 16
-    yield "magnitude_collect", (scores, torch.float32, top.unique()[3:5], 16)
+    prefixes = top.unique()[3:5]
+    brackets = (prefixes << 16, (prefixes << 16) + 9999, 1000, torch.zeros(2, dtype=torch.int64))
+    yield "magnitude_collect", (scores, torch.float32, prefixes, 16, *brackets)
     key = scores.abs().median().view(torch.int32).reshape(1).long()
     cut = (torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([True]))
     yield "assign_levels", (scores, torch.float32, key, *cut, torch.zeros(1, dtype=torch.int64))
@@ -730,6 +732,8 @@ def test_a_histogram_of_wrong_arguments_is_refused(changes, error, message):
         ({"prefixes": longs(2, 1)}, ValueError, "increasing numbers of 15 bits, got 1"),
         ({"prefixes": longs(-1)}, ValueError, "increasing numbers of 15 bits, got -1"),
         ({"prefixes": longs(1).int()}, TypeError, "prefixes must be a contiguous int64"),
+        ({"low": longs(0, 1)}, ValueError, "disagree in size"),
+        ({"below": longs()}, ValueError, "disagree in size"),
     ],
 )
 def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
@@ -738,6 +742,10 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
         "key": torch.float32,
         "prefixes": longs(1),
         "shift": 16,
+        "low": longs(0),
+        "high": longs(0),
+        "limit": 10,
+        "below": longs(0),
     }
     with pytest.raises(error, match=message):
         torch.ops.confprune.magnitude_collect(**(arguments | changes))

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__clang__)
@@ -22,11 +24,12 @@
 #define CONFPRUNE_VECTOR_BYTES 64
 #define CONFPRUNE_TILE_VECTORS 8
 #include "kernels/grid_algorithm.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 
 const InstructionSet& avx512_set() {
-  static const InstructionSet set{"avx512", tile_lanes, run_task};
+  static const InstructionSet set{"avx512", tile_lanes, run_task, filter_keys_avx512};
   return set;
 }
 

@@ -1,40 +1,18 @@
 #include "kernels/grid_product.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 
 #include "kernels/grid_tasks.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
+constexpr int64_t kLineOfLanes = 512;  // bytes from one input to the next, at most, unpacked
 constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
-
-const InstructionSet& choose() {
-  const char* asked = std::getenv("CONFPRUNE_ISA");
-  const auto allowed = [&](const char* name) {  // asking for "avx2" leaves avx512 out
-    return asked == nullptr || std::strcmp(asked, "avx512") == 0 || std::strcmp(asked, name) == 0;
-  };
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return avx512_set();
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2_set();
-#endif
-  return baseline_set();
-}
-
-const InstructionSet& chosen() {
-  static const InstructionSet& set = choose();
-  return set;
-}
 
 PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   const Convolution& c = product.convolution;
@@ -82,6 +60,26 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   return packed;
 }
 
+// Whether the lanes of a linear layer's input already are whole vectors of neighbours, on cache
+// lines of their own, and close enough together that a block of them stays in the cache.
+bool is_packed(const GridProduct& product, int64_t lanes) {
+  const Activation& x = product.x;
+  const int64_t size = product.wide ? 8 : 4;
+  const bool compute_type = x.element == (product.wide ? Element::float64 : Element::float32);
+  return compute_type &&
+         product.convolution.input[0] * product.convolution.input[1] *
+                 product.convolution.input[2] ==
+             1 &&
+         product.convolution.padding[0] + product.convolution.padding[1] +
+                 product.convolution.padding[2] ==
+             0 &&
+         x.batch_stride == 1 && product.batch % lanes == 0 && x.channel_stride % lanes == 0 &&
+         x.channel_stride * size <= kLineOfLanes && x.level_stride * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 64 == 0 &&
+         x.channel_stride <=
+             std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, product.rows.row_size);
+}
+
 }  // namespace
 
 struct GridPlan::Details : GridDetails {};
@@ -89,7 +87,7 @@ struct GridPlan::Details : GridDetails {};
 GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Details) {
   GridDetails& d = *details_;
   d.product = product;
-  d.lanes = chosen().lanes(product.wide);
+  d.lanes = instruction_set().lanes(product.wide);
   const Convolution& c = product.convolution;
   const bool linear = c.output[0] * c.output[1] * c.output[2] == 1;
   const int64_t widest = linear ? d.lanes : kConvolutionChunk;
@@ -98,6 +96,12 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   const int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
   if (chunk > 1)
     d.packed = pack_layout(product, chunk);
+  d.in_place = linear && is_packed(product, d.lanes);
+  if (d.in_place) {
+    d.packed.channel_size = product.x.channel_stride;
+    for (int64_t column = 0; column < product.rows.row_size; ++column)
+      d.packed.offsets[column] = int32_t(column * product.x.channel_stride);
+  }
   d.chunks = (product.batch + d.packed.chunk - 1) / d.packed.chunk;
   const int64_t inputs = product.shared ? 1 : product.num_levels;
   const int64_t row_groups =
@@ -125,11 +129,7 @@ int64_t GridPlan::scratch_bytes() const {
 }
 
 void GridPlan::run(int64_t task, void* scratch) const {
-  chosen().run(*details_, task, scratch);
-}
-
-const char* instruction_set() {
-  return chosen().name;
+  instruction_set().run(*details_, task, scratch);
 }
 
 }  // namespace confprune
