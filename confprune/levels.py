@@ -6,16 +6,22 @@ import copy
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from confprune.criteria import resolve_criterion
+from confprune.distributed import Ranks
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
 from confprune.selection import assign, select
+from confprune.sharding import aligned, layer_counts, sharding_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SCOPES = ("global", "layer")
 
@@ -65,7 +71,7 @@ class PruneLevels:
     def pruned_by_layer(self) -> dict[str, Tensor]:
         """For each parameter the number of its weights pruned at each level, [K] int64."""
         return {
-            name: torch.bincount(levels.flatten(), minlength=len(self) + 1).cumsum(0)[:-1].cpu()
+            name: layer_counts(levels, len(self) + 1).cumsum(0)[:-1]
             for name, levels in self.levels.items()
         }
 
@@ -127,6 +133,7 @@ def prune_levels(
     scope: str = "global",
     criterion: str = "magnitude",
     parameters: ParameterFilter | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneLevels:
     """The prune level of every weight for a grid of sparsities.
 
@@ -144,15 +151,27 @@ def prune_levels(
         How weights are scored; see `confprune.criteria`.
     parameters : names, or predicate (name, parameter) -> bool, optional
         Default: the weights of linear layers and of convolutions of any dimension.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks over which the weights are split; see `levels_of`. A model with DTensors
+        (``fully_shard``, tensor parallel) needs none: its mesh says it.
 
     Returns
     -------
     PruneLevels
+        Of a model with DTensors, `levels` are DTensors laid out as the parameters.
 
     Raises
     ------
     ValueError, TypeError
         For a bad grid, unknown names, nothing to prune, or NaN weights.
+    RankError
+        If another rank failed, with its reason.
+
+    Notes
+    -----
+    However the weights are split over ranks, the prune levels are those of the whole model in one
+    process, to the last bit. Between ranks pass histograms, few keys and counts of equals; weights
+    only where DTensors are split otherwise than by rows.
 
     Examples
     --------
@@ -165,12 +184,16 @@ def prune_levels(
     >>> levels.prune(model, 2).weight.tolist()
     [[3.0, 0.0, 0.0, -4.0]]
     """
-    return levels_of(
-        detached(prunable_parameters(model, parameters)),
-        sparsities,
-        scope=scope,
-        criterion=criterion,
-    )
+    sharding = sharding_of(model.parameters()) if isinstance(model, nn.Module) else None
+    if sharding is not None and group is not None:
+        raise ValueError("group= was given, but the model's DTensors have one: leave it out")
+    with Ranks(group if sharding is None else sharding.group).together() as ranks:
+        tensors = detached(prunable_parameters(model, parameters))
+        shards = tensors if sharding is None else sharding.shards(tensors)
+        levels = _levels_of(shards, sparsities, scope, criterion, ranks)
+        if sharding is None:
+            return levels
+        return replace(levels, levels=sharding.restored(levels.levels, tensors))
 
 
 def levels_of(
@@ -179,8 +202,15 @@ def levels_of(
     *,
     scope: str = "global",
     criterion: str = "magnitude",
+    group: ProcessGroup | None = None,
 ) -> PruneLevels:
     """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
+
+    With `group` each rank gives what it holds of the tensors: some of them, or of each a part that
+    comes, flattened, before the part of the next rank. It gets the prune levels of these, the same
+    as if one process held all; `counts` and `thresholds` are those of all ranks. The tensors' order
+    is that of rank 0, followed by what rank 1 has besides, and so on; to state another, rank 0
+    gives empty tensors for what it does not hold.
 
     Examples
     --------
@@ -189,19 +219,30 @@ def levels_of(
     >>> levels_of({"w": torch.tensor([0.1, -0.2])}, [0.5]).mask("w", 0).tolist()
     [False, True]
     """
+    with Ranks(group).together() as ranks:
+        return _levels_of(tensors, sparsities, scope, criterion, ranks)
+
+
+def _levels_of(
+    tensors: Mapping[str, Tensor],
+    sparsities: Sequence[float] | np.ndarray | Tensor,
+    scope: str,
+    criterion: str,
+    ranks: Ranks,
+) -> PruneLevels:
     grid = check_sparsities(sparsities)
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r} is unknown; choose from {list(SCOPES)}")
     score = resolve_criterion(criterion)
-    scores = {name: score(tensor).cpu() for name, tensor in tensors.items()}
+    scores = aligned({name: score(tensor).cpu() for name, tensor in tensors.items()}, ranks)
     groups = [scores] if scope == "global" else [{n: s} for n, s in scores.items()]
     levels: dict[str, Tensor] = {}
     counts = np.zeros(len(grid), dtype=np.int64)
     thresholds = []
     for group in groups:
-        size = sum(tensor.numel() for tensor in group.values())
-        cuts = select(group, [round(s * size) for s in grid])
-        levels.update(assign(group, cuts))
+        size = int(ranks.sum(np.array([sum(tensor.numel() for tensor in group.values())]))[0])
+        cuts = select(group, [round(s * size) for s in grid], ranks)
+        levels.update(assign(group, cuts, ranks))
         counts += cuts.counts
         thresholds.append(cuts.thresholds)
     return PruneLevels(
