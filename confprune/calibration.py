@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
+from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
@@ -26,6 +27,9 @@ from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TestingProcedure: TypeAlias = Callable[..., np.ndarray]
 """Testing of K p-values at level delta: (pvalues [K], delta) -> bool [K]."""
@@ -193,6 +197,7 @@ def calibrate(
     activation_bytes: int = ACTIVATION_BYTES,
     seed: int = 0,
     progress: bool = True,
+    group: ProcessGroup | None = None,
 ) -> Certificate:
     """The sparsest magnitude-pruned network whose risk is certified.
 
@@ -249,17 +254,27 @@ def calibrate(
         Of the order of the examples; recorded in the certificate.
     progress : bool
         Show a progress bar.
+    group : torch.distributed.ProcessGroup, optional
+        Ranks that share the work, such as ``torch.distributed.group.WORLD``: all call with the
+        same model, data and settings, each evaluates a part of the examples, and the losses are
+        put together at each look.
 
     Returns
     -------
     Certificate
+        The same on every rank of a group, and the same to the last bit as that of a single process
+        with as many threads on the same hardware.
         Nothing certifiable is an ordinary outcome: then `certificate.certified` is False.
 
     Raises
     ------
     ValueError, TypeError
         Before any work: for settings that contradict each other, data or outputs that do not fit,
-        NaN weights, or too few examples, in all or in a group, to certify even zero losses.
+        NaN weights, or too few examples, in all or in a group, to certify even zero losses; for
+        ranks whose models, data or settings differ.
+    RankError
+        If another rank of the group failed, with its reason, or did not come within the timeout of
+        the group.
 
     References
     ----------
@@ -281,43 +296,47 @@ def calibrate(
     >>> 0 < certificate.sparsity < 0.5
     True
     """
-    resolved = resolve_risks(loss, alpha, risks, pvalue)
-    grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
-    question = Question(
-        risks=resolved,
-        delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
-        groups=groups,
-        accept=None if accept is None else resolve_accept(accept),
-        pvalue=pvalue,
-        procedure=resolve_procedure(procedure),
-        looks=looks,
-        order=order,
-        guarantee=guarantee,
-        seed=seed,
-    )
-    check_data(data, batch_size)
-    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
-    scopes = [scope] if isinstance(scope, str) else list(scope)
-    for name, several in (("criterion", criteria), ("scope", scopes)):
-        if not several or len(set(several)) < len(several):
-            raise ValueError(f"{name} must name at least one, each once, got {several}")
-    question.check(data, len(criteria) * len(scopes))
-    ways = [
-        prune_levels(model, grid, scope=one_scope, criterion=one_criterion, parameters=parameters)
-        for one_criterion in criteria
-        for one_scope in scopes
-    ]
-    where = model if device is None else _on_device(model, device)
-    return certify(
-        question,
-        where,
-        data,
-        ways,
-        forward=forward,
-        batch_size=batch_size,
-        activation_bytes=activation_bytes,
-        progress=progress,
-    )
+    with Ranks(group).together() as ranks:
+        resolved = resolve_risks(loss, alpha, risks, pvalue)
+        grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
+        question = Question(
+            risks=resolved,
+            delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
+            groups=groups,
+            accept=None if accept is None else resolve_accept(accept),
+            pvalue=pvalue,
+            procedure=resolve_procedure(procedure),
+            looks=looks,
+            order=order,
+            guarantee=guarantee,
+            seed=seed,
+        )
+        check_data(data, batch_size)
+        criteria = [criterion] if isinstance(criterion, str) else list(criterion)
+        scopes = [scope] if isinstance(scope, str) else list(scope)
+        for name, several in (("criterion", criteria), ("scope", scopes)):
+            if not several or len(set(several)) < len(several):
+                raise ValueError(f"{name} must name at least one, each once, got {several}")
+        question.check(data, len(criteria) * len(scopes))
+        ways = [
+            prune_levels(
+                model, grid, scope=one_scope, criterion=one_criterion, parameters=parameters
+            )
+            for one_criterion in criteria
+            for one_scope in scopes
+        ]
+        where = model if device is None else _on_device(model, device)
+        return certify(
+            question,
+            where,
+            data,
+            ways,
+            forward=forward,
+            batch_size=batch_size,
+            activation_bytes=activation_bytes,
+            progress=progress,
+            ranks=ranks,
+        )
 
 
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:

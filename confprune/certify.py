@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from confprune.batches import (
     Forward,
@@ -26,6 +27,7 @@ from confprune.batches import (
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, binding_part
 from confprune.certificate.fingerprint import fingerprint
+from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, Findings, early_test, evaluate_all, fixed_test
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
@@ -36,6 +38,7 @@ from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
 from confprune.risk.testing import pareto_order, resolve_procedure
 from confprune.risks import Target, group_labels, resolve_targets
+from confprune.sharding import is_sharded
 
 
 def certify(
@@ -48,8 +51,15 @@ def certify(
     batch_size: int | None,
     activation_bytes: int,
     progress: bool,
+    ranks: Ranks,
 ) -> Certificate:
     """Evaluate, test, and write down what may be claimed."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"parameter {name!r} is sharded over ranks; calibration runs the whole model on "
+                "each: give one whose parameters are plain tensors"
+            )
     grids = [
         GridForward(
             model, levels, question.measures, forward=forward, activation_bytes=activation_bytes
@@ -58,10 +68,12 @@ def certify(
     ]
     losses = [risk.loss for risk in question.risks]
     order = random_order(data, question.seed) if permutable(data) else None
+    if ranks.size > 1:
+        _check_ranks(ranks, question, model, data, ways, batches(data, batch_size, order))
     names = _group_names(question, data, batch_size)
     candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
-    run = _Run(question, model, data, grids, losses, names, order, batch_size, progress)
+    run = _Run(question, model, data, grids, losses, names, order, batch_size, progress, ranks)
     if question.guarantee != "risk":
         certificate = run.control(ways[0])
     else:
@@ -73,8 +85,8 @@ def certify(
         note = "the order of the examples was taken as given, and for a random one"
         warnings.warn(note, UserWarning, stacklevel=3)
         notes.append(note)
-    for grid in grids:
-        notes += grid.notes
+    for found in ranks.objects([grid.notes for grid in grids]):
+        notes += itertools.chain.from_iterable(found)
     return replace(certificate, notes=(*certificate.notes, *dict.fromkeys(notes)))
 
 
@@ -92,6 +104,7 @@ class _Run:
         order: Tensor | None,
         batch_size: int | None,
         progress: bool,
+        ranks: Ranks,
     ) -> None:
         self.question = question
         self.model = model
@@ -102,11 +115,18 @@ class _Run:
         self.order = order
         self.reading: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         self.procedure = question.procedure
+        self.ranks = ranks
 
     def evaluation(self, candidates: Sequence[tuple[int, int]]) -> Evaluation:
         question = self.question
         return Evaluation(
-            self.model, self.grids, candidates, self.losses, question.accept, question.groups
+            self.model,
+            self.grids,
+            candidates,
+            self.losses,
+            question.accept,
+            question.groups,
+            self.ranks,
         )
 
     def ordered(
@@ -294,6 +314,38 @@ def pruning_of(model: nn.Module, levels: PruneLevels) -> Pruning:
 def versions() -> dict[str, str]:
     """The versions that made a certificate."""
     return {name: metadata.version(name) for name in ("confprune", "torch", "numpy")}
+
+
+def _check_ranks(
+    ranks: Ranks,
+    question: Question,
+    model: nn.Module,
+    data: Any,
+    ways: Sequence[PruneLevels],
+    stream: Iterator[Any],
+) -> None:
+    """Raise ValueError unless all ranks ask the same of the same network on the same data."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            "with group= the data is read more than once, which an iterator cannot be: give "
+            "tensors, a Dataset, a DataLoader or a list of batches"
+        )
+    tensors = [leaf for leaf in tree_iter(next(stream)) if isinstance(leaf, Tensor)]
+    ranks.agree(
+        {
+            "the settings": (
+                [(risk.loss.name, risk.alpha) for risk in question.risks],
+                (repr(question.delta), question.pvalue, question.procedure.name, question.looks),
+                (question.guarantee, question.seed, question.order),
+                [(levels.sparsities, levels.scope, levels.criterion) for levels in ways],
+            ),
+            "the model": [pruning_of(model, levels).fingerprint for levels in ways],
+            "the data, whole and in one order,": (
+                example_count(data),
+                fingerprint({str(i): tensor for i, tensor in enumerate(tensors)}),
+            ),
+        }
+    )
 
 
 def _group_names(question: Question, data: Any, batch_size: int | None) -> list[str] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from confprune.criteria import resolve_criterion
-from confprune.distributed import Ranks
+from confprune.distributed import ALONE, Ranks
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
 from confprune.selection import assign, select
 from confprune.sharding import aligned, layer_counts, sharding_of
@@ -190,7 +190,7 @@ def prune_levels(
     with Ranks(group if sharding is None else sharding.group).together() as ranks:
         tensors = detached(prunable_parameters(model, parameters))
         shards = tensors if sharding is None else sharding.shards(tensors)
-        levels = _levels_of(shards, sparsities, scope, criterion, ranks)
+        levels = levels_of(shards, sparsities, scope=scope, criterion=criterion, ranks=ranks)
         if sharding is None:
             return levels
         return replace(levels, levels=sharding.restored(levels.levels, tensors))
@@ -202,11 +202,11 @@ def levels_of(
     *,
     scope: str = "global",
     criterion: str = "magnitude",
-    group: ProcessGroup | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruneLevels:
     """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
 
-    With `group` each rank gives what it holds of the tensors: some of them, or of each a part that
+    With `ranks` each gives what it holds of the tensors: some of them, or of each a part that
     comes, flattened, before the part of the next rank. It gets the prune levels of these, the same
     as if one process held all; `counts` and `thresholds` are those of all ranks. The tensors' order
     is that of rank 0, followed by what rank 1 has besides, and so on; to state another, rank 0
@@ -219,17 +219,6 @@ def levels_of(
     >>> levels_of({"w": torch.tensor([0.1, -0.2])}, [0.5]).mask("w", 0).tolist()
     [False, True]
     """
-    with Ranks(group).together() as ranks:
-        return _levels_of(tensors, sparsities, scope, criterion, ranks)
-
-
-def _levels_of(
-    tensors: Mapping[str, Tensor],
-    sparsities: Sequence[float] | np.ndarray | Tensor,
-    scope: str,
-    criterion: str,
-    ranks: Ranks,
-) -> PruneLevels:
     grid = check_sparsities(sparsities)
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r} is unknown; choose from {list(SCOPES)}")

@@ -99,8 +99,8 @@ def select(scores: Mapping[str, Tensor], counts: Sequence[int], ranks: Ranks = A
     ([-inf, 2.0], [0, 1])
     """
     key = key_type(scores)
-    total = int(ranks.sum(np.array([sum(tensor.numel() for tensor in scores.values())]))[0])
     rank = np.asarray(counts, dtype=np.int64)  # the cut is the rank-th smallest key, from 1
+    total = int(rank.max(initial=0))
     cutting = np.flatnonzero(rank > 0)
     below = np.zeros(len(rank), dtype=np.int64)  # keys smaller than every key with this prefix
     equal = np.zeros(len(rank), dtype=np.int64)  # keys with this prefix
@@ -214,7 +214,7 @@ def _equals(scores: Tensor, key: torch.dtype, values: np.ndarray) -> np.ndarray:
     """How many keys equal each of some increasing values, [values] int64."""
     prefixes = np.unique(values >> 1)
     counts = _count({"": scores}, key, prefixes, 0, 1)
-    return counts[np.searchsorted(prefixes, values >> 1), values & 1]
+    return np.asarray(counts[np.searchsorted(prefixes, values >> 1), values & 1])
 
 
 def _count(
