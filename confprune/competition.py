@@ -84,6 +84,7 @@ def compete(
     """
     if pattern is None and scope != "row":
         return _weights(scores, grid, scope)
+    scores.check_weights()
     if isinstance(pattern, NOfM):
         check_inputs(scores.tensors, pattern, inputs_first)
         grid, levels = levels_of_n_m(scores, grid, pattern, inputs_first)

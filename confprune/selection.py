@@ -96,10 +96,8 @@ def select(
     ([-inf, 2.0], [0, 1])
     """
     key = key or key_type(scores)
-    total = max(
-        counts, default=0
-    )  # of the scores that matter; how many there are beyond is not known yet
     rank = np.asarray(counts, dtype=np.int64)  # the cut is the rank-th smallest key, from 1
+    total = int(rank.max(initial=0))  # to count all scores could mean to make them
     cutting = np.flatnonzero(rank > 0)
     below = np.zeros(len(rank), dtype=np.int64)  # keys smaller than every key with this prefix
     equal = np.zeros(len(rank), dtype=np.int64)  # keys with this prefix
@@ -156,9 +154,7 @@ def _interpolate(
     low = np.full(len(inside.prefixes), width, dtype=np.int64)
     high = np.zeros(len(inside.prefixes), dtype=np.int64)
     np.minimum.at(low, row, np.maximum(0, (inside.rank - margin) * scale).astype(np.int64))
-    np.maximum.at(
-        high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64)
-    )
+    np.maximum.at(high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64))
     sizes = np.zeros(len(inside.prefixes))
     sizes[row] = inside.size
     limit = max(_COLLECT, total // 32)

@@ -81,5 +81,4 @@ def erdos_renyi_kernel(weight: Tensor) -> Tensor:
     rank = torch.arange(weight.numel(), 0, -1, dtype=torch.float64, device=weight.device)
     scores = torch.empty_like(rank)
     scores[order] = share / (rank - 0.5)
-    # Sorted last, a NaN would be the best of weights.
-    return scores.masked_fill_(weight.flatten().isnan(), torch.nan).view(weight.shape)
+    return scores.view(weight.shape)

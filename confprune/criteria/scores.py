@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -85,8 +85,14 @@ class Scores(Mapping[str, Tensor]):
                 f"for parameter {name!r} of shape {list(weight.shape)}; they must be the same"
             )
         scores = scores.cpu()
-        if scores.isnan().any():
+        if weight.isnan().any():
             self._refuse_nan(name)
+        if scores.isnan().any():
+            raise ValueError(
+                f"criterion {str(self.criterion)!r} gives NaN for parameter {name!r}: it does not "
+                "take infinite weights or statistics; repair them, or leave the parameter out with "
+                "parameters="
+            )
         if scores.nbytes <= self._room:
             self._room -= scores.nbytes
             self._kept[name] = scores
@@ -102,16 +108,16 @@ class Scores(Mapping[str, Tensor]):
                 smallest[tensor.dtype] = name
         return key_type({name: self[name] for name in smallest.values()})
 
-    def _refuse_nan(self, name: str) -> None:
-        if self.tensors[name].isnan().any():
-            raise ValueError(
-                f"parameter {name!r} holds NaN, which has no magnitude; repair the weights, or "
-                "leave the parameter out with parameters="
-            )
+    def check_weights(self) -> None:
+        """Raise ValueError for NaN weights, which only selection by histograms sees by itself."""
+        for name, weight in self.tensors.items():
+            if weight.isnan().any():
+                self._refuse_nan(name)
+
+    def _refuse_nan(self, name: str) -> NoReturn:
         raise ValueError(
-            f"criterion {str(self.criterion)!r} gives NaN for parameter {name!r}: it does not "
-            "take infinite weights or statistics; repair them, or leave the parameter out with "
-            "parameters="
+            f"parameter {name!r} holds NaN, which has no magnitude; repair the weights, or "
+            "leave the parameter out with parameters="
         )
 
 

@@ -43,9 +43,7 @@ def magnitude(weight: Tensor, *, min_per_layer: int = 0) -> Tensor:
         return weight
     # An infinite weight that is not spared must stay below those that are.
     scores = weight.abs().clamp_(max=torch.finfo(weight.dtype).max).flatten()
-    spared = torch.argsort(scores, stable=True)[-min_per_layer:]
-    holds_nan = scores[spared].isnan()
-    scores[spared] = torch.where(holds_nan, torch.nan, torch.inf).to(scores.dtype)
+    scores[torch.argsort(scores, stable=True)[-min_per_layer:]] = torch.inf
     return scores.view(weight.shape)
 
 
