@@ -14,6 +14,8 @@ from benchmarks.paper import data, experiments, figures, report, tasks
 from benchmarks.paper.sizes import DEFAULT, QUICK
 from benchmarks.remember import remember_pure_functions
 
+NETWORKS = ("LeNet-300-100", "small CNN", "U-Net")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace, start: float) -> Path:
     remember_pure_functions()
     options.out.mkdir(parents=True, exist_ok=True)
     networks = []
-    for name in ("LeNet-300-100", "small CNN", "U-Net"):
+    for name in NETWORKS:
         if name == "U-Net":
             task = tasks.segmenter(
                 polyps, sizes.segmentation, seed, options.checkpoint, progress=progress

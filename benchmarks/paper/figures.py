@@ -110,11 +110,12 @@ def _splits(splits: Numbers) -> Figure:
     figure, row = _panels(len(splits), 2.8)
     for axes, (question, found) in zip(row, splits.items(), strict=True):
         methods = found["methods"]
-        rng = np.random.default_rng(0)
+        rng, highest = np.random.default_rng(0), found["alpha"]
         for place, numbers in enumerate(methods.values()):
             risks = np.array([r for r in numbers["test_risks"] if r is not None])
             lift = place + rng.uniform(-0.25, 0.25, len(risks))
-            axes.plot(risks, lift, ".", color=BLUE, markersize=3, clip_on=False)
+            axes.plot(risks, lift, ".", color=BLUE, markersize=3)
+            highest = max([highest, *risks])
             above = numbers["above_on_test"]["share"]
             axes.text(1, place - 0.35, f"{above:.0%} above", transform=_across(axes), ha="right",
                       fontsize=7, color=INK)  # fmt: skip
@@ -122,7 +123,7 @@ def _splits(splits: Numbers) -> Figure:
         list_rows(axes, list(methods))
         if axes is not row[0]:
             axes.set_yticklabels([])
-        axes.set_xlim(0, None)
+        axes.set_xlim(-0.03 * highest, 1.1 * highest)
         axes.set_xlabel("test risk at the certified sparsity")
         axes.set_title(f"{question}: {found['loss']}", fontsize=9)
         clean(axes)
@@ -131,7 +132,7 @@ def _splits(splits: Numbers) -> Figure:
 
 def _groups(groups: Numbers) -> Figure:
     names = groups["groups"]
-    figure = Figure(figsize=(_WIDTH * 0.6, 1.2 + 0.28 * len(names)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH * 0.6, 1.6 + 0.28 * len(names)), layout="constrained")
     axes = figure.subplots()
     for mark, shade, (title, row) in zip(MARKS, (PALE, INK), groups["rows"].items(), strict=False):
         axes.plot(row["risks"], range(len(names)), mark, color=shade, markeredgecolor=INK,
