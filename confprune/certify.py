@@ -34,7 +34,6 @@ from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
 from confprune.risk.testing import pareto_order, resolve_procedure
 from confprune.risks import Target, group_labels, resolve_targets
-from confprune.scoring import MEASURED
 
 
 def certify(
@@ -294,7 +293,7 @@ def pruning_of(
         pattern=levels.pattern,
         inputs_first=dict(levels.inputs_first),
         statistics={name: fingerprint(values) for name, values in levels.statistics.items()},
-        score_data=score_data if MEASURED.keys() & levels.statistics.keys() else None,
+        score_data=score_data,
         kept=levels.statistics,
     )
 

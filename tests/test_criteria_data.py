@@ -192,10 +192,26 @@ def test_with_several_candidates_scores_order_and_test_are_all_apart(one_thread)
     size = score_size(1000)
     assert certificate.n == 1000 - size - ordering_size(1000 - size)
     assert len(data.asked) == len(set(data.asked)) == 1000
-    # Magnitude needs no data: then none is said to have made its scores.
-    assert (certificate.pruning.criterion == "wanda") == (
-        certificate.pruning.score_data is not None
+    assert certificate.pruning.score_data.taken == size
+    assert (certificate.pruning.criterion == "wanda") == bool(certificate.pruning.statistics)
+
+
+@pytest.mark.parametrize("settings", [{}, {"looks": None}])
+def test_a_chosen_criterion_without_data_is_verified_on_what_calibrated(settings, one_thread):
+    model, x = network(), torch.randn(1500, 6)
+    certificate = confprune.calibrate(
+        model, x, criterion=["lamp", "wanda"], scope="row", **PROMISE, **settings
     )
+    plain = confprune.calibrate(
+        model, x, criterion=["random", "wanda"], scope="global", **PROMISE, **settings
+    )
+    for found in (certificate, plain):
+        found.verify(model, x, **QUIET)
+        text = " ".join(str(found).split())
+        whose = "Their scores" if found.pruning.statistics else "The scores of another candidate"
+        assert f"{whose} were made with 150 other examples" in text
+    chosen = {bool(found.pruning.statistics) for found in (certificate, plain)}
+    assert False in chosen
 
 
 @pytest.mark.parametrize("settings", [{}, {"looks": None}, {"groups": "targets"}])
@@ -230,6 +246,18 @@ def test_planned_looks_end_at_the_examples_that_are_left(one_thread):
             looks=confprune.risk.looks.default_looks(500, 0.1, 0.1),
             **PROMISE,
         )
+
+
+@pytest.mark.parametrize("settings", [{"pattern": "N:2"}, {"guarantee": "expectation"}])
+def test_scores_from_data_go_with_patterns_and_other_guarantees(settings, one_thread):
+    model, x = network(), torch.randn(900, 6)
+    promise = PROMISE | {"alpha": 0.3}
+    if "guarantee" in settings:
+        del promise["delta"]
+    certificate = confprune.calibrate(model, x, criterion="wanda", **promise, **settings)
+    assert certificate.certified
+    assert certificate.n == 900 - score_size(900)
+    certificate.verify(model, x, **QUIET)
 
 
 # Data of its own for the scores.

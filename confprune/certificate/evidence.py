@@ -16,6 +16,8 @@ SCORE_SOURCES = ("split", "given")
 class ScoreData:
     """The data that scores were made from, none of which calibrated.
 
+    Where several criteria were candidates, those of another than the certified one, perhaps.
+
     Attributes
     ----------
     source : {"split", "given"}
@@ -67,7 +69,7 @@ class Pruning:
     statistics : dict
         Fingerprints of what the criterion needed beside the weights, by statistic.
     score_data : ScoreData or None
-        The data that the statistics were measured on, if they were.
+        The data that statistics were measured on; with several criteria perhaps another's.
     kept : mapping
         The statistics themselves, as long as the certificate is in memory; not in its file.
     """

@@ -77,14 +77,22 @@ class Scores(Mapping[str, Tensor]):
             return self._kept[name]
         weight = self.tensors[name]
         scores = self.criterion(weight, **self._needed[name])
-        if scores is weight:
-            return weight.cpu()
+        if scores is not weight:
+            self._check(name, scores)
+        scores = scores.cpu()
+        if scores is not weight and scores.nbytes <= self._room:
+            self._room -= scores.nbytes
+            self._kept[name] = scores
+        return scores
+
+    def _check(self, name: str, scores: Tensor) -> None:
+        """Raise ValueError for scores of another shape, or that are NaN."""
+        weight = self.tensors[name]
         if scores.shape != weight.shape:
             raise ValueError(
                 f"criterion {str(self.criterion)!r} gives scores of shape {list(scores.shape)} "
                 f"for parameter {name!r} of shape {list(weight.shape)}; they must be the same"
             )
-        scores = scores.cpu()
         if weight.isnan().any():
             self._refuse_nan(name)
         if scores.isnan().any():
@@ -93,10 +101,6 @@ class Scores(Mapping[str, Tensor]):
                 "take infinite weights or statistics; repair them, or leave the parameter out with "
                 "parameters="
             )
-        if scores.nbytes <= self._room:
-            self._room -= scores.nbytes
-            self._kept[name] = scores
-        return scores
 
     @property
     def key(self) -> torch.dtype:
