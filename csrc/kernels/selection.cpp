@@ -118,6 +118,8 @@ class PrefixIndex {
     const int between = table_shift_ - shift_;
     for (size_t i = prefixes.size(); i-- > 0;)
       first_[prefixes[i] >> between] = int32_t(i);
+    for (int32_t row : first_)
+      holds_.push_back(row >= 0);
     if (prefixes.empty() || key != Element::float32)
       return;
     const uint32_t top = uint32_t(prefixes.back() >> between);
@@ -140,7 +142,7 @@ class PrefixIndex {
     for (int64_t i = 0; i < count; ++i) {  // without a branch: what is not wanted is overwritten
       const Bits key = K::of(x[i]);
       found[size] = key;
-      size += first_[key >> table_shift_] >= 0;
+      size += holds_[key >> table_shift_];
     }
     return size;
   }
@@ -160,7 +162,8 @@ class PrefixIndex {
   const std::vector<uint64_t>& prefixes_;
   int table_shift_;
   int shift_;
-  std::vector<int32_t> first_;
+  std::vector<int32_t> first_;  // by bin, or -1
+  std::vector<uint8_t> holds_;  // the same question in less cache
   KeyWindow window_;
 };
 
