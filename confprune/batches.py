@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from confprune.losses import Reference
@@ -19,6 +20,8 @@ from confprune.losses import Reference
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 DEFAULT_BATCH_SIZE = 256
+_IN_MEMORY_EXAMPLES = 4096
+_IN_MEMORY_BYTES = 64 << 20
 _LABELS = ("labels", "label")
 
 
@@ -57,6 +60,23 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
             yield batch
     if not found:
         raise ValueError("data is empty: it gave no examples")
+
+
+def generous_batch_size(data: Any) -> int | None:
+    """A batch size for who takes batches apart again: large for tensors, None for other data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import generous_batch_size
+    >>> generous_batch_size(torch.zeros(10, 3)), generous_batch_size([torch.zeros(10, 3)])
+    (4096, None)
+    """
+    if not _is_whole(data):
+        return None
+    size = sum(leaf.nbytes for leaf in tree_iter(data) if isinstance(leaf, Tensor))
+    fit = _IN_MEMORY_BYTES * batch_length(data) // max(1, size)
+    return max(1, min(_IN_MEMORY_EXAMPLES, fit))
 
 
 def check_data(data: Any, batch_size: int | None) -> None:

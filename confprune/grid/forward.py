@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -101,8 +101,12 @@ class GridForward:
         self._footprint: _Footprint | None = None
 
     @torch.no_grad()
-    def evaluate(self, batch: Any, active: Sequence[int]) -> Tensor:
+    def evaluate(
+        self, batch: Any, active: Sequence[int], done: Callable[[int], object] | None = None
+    ) -> Tensor:
         """The losses of each example of a batch at some levels, [losses, B, len(active)] float32.
+
+        `done` is told the number of examples each time some are.
 
         Raises
         ------
@@ -117,12 +121,14 @@ class GridForward:
             part = slice_batch(batch, begin, end)
             full = self._network(part)
             reference = reference_of(full, part)
-            done = 0
-            while done < len(active):
-                chunk = active[done : done + self._level_chunk(end - begin)]
+            first = 0
+            while first < len(active):
+                chunk = active[first : first + self._level_chunk(end - begin)]
                 values = self._grid_losses(part, chunk, reference)
-                result[:, begin:end, done : done + len(chunk)] = values
-                done += len(chunk)
+                result[:, begin:end, first : first + len(chunk)] = values
+                first += len(chunk)
+            if done is not None:
+                done(end - begin)
         return result
 
     def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
