@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from confprune.batches import Forward, call, check_data
-from confprune.evaluation import moved_batches
+from confprune.batches import Forward, batch_length, call, check_data
+from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
 from confprune.grid.attention import multi_head_attention
 from confprune.grid.mode import each
@@ -73,13 +72,12 @@ def input_norms(
     with (
         torch.no_grad(),
         evaluation_mode(model),
-        closing(
-            moved_batches(model, data, batch_size, progress, "input norms", order=order)
-        ) as stream,
+        progress_bar(data, order, progress, "input norms") as bar,
     ):
-        for batch in stream:
+        for batch in moved_batches(model, data, batch_size, order):
             with meter:
                 call(model, batch, forward)
+            bar.update(batch_length(batch))
     for name in weights:
         if name not in meter.sums:
             raise ValueError(
