@@ -91,12 +91,25 @@ def check_data(data: Any, batch_size: int | None) -> None:
             "data must be a Dataset, a DataLoader, a tuple of tensors or an iterable of batches, "
             f"got {type(data).__name__}"
         )
-    if batch_size is not None and not whole and not isinstance(data, Dataset):
+    if batch_size is not None and is_batched(data):
         raise ValueError(
             f"batch_size={batch_size} was given, but data comes in batches already; leave it out"
         )
     if example_count(data) == 0:
         raise ValueError("data is empty: it has no examples")
+
+
+def is_batched(data: Any) -> bool:
+    """Whether `data` comes in batches already, so that their size is not ours to choose.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import is_batched
+    >>> is_batched(torch.zeros(7, 3)), is_batched([torch.zeros(7, 3)])
+    (False, True)
+    """
+    return not _is_whole(data) and not isinstance(data, Dataset)
 
 
 def example_count(data: Any) -> int | None:

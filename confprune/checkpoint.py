@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import confprune
 from confprune.certificate.fingerprint import difference, fingerprint
 from confprune.certificate.promise import promise
+from confprune.criteria import CriterionLike
 from confprune.files import written_whole
 from confprune.levels import PruneLevels, levels_of
 from confprune.parameters import DTYPES
@@ -88,8 +89,9 @@ def prune(
     *,
     sparsity: float | None = None,
     certificate: Certificate | None = None,
-    scope: str = "global",
-    criterion: str = "magnitude",
+    scope: str | None = None,
+    criterion: CriterionLike = "magnitude",
+    pattern: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> PruneLevels:
@@ -106,7 +108,7 @@ def prune(
         Share of the prunable weights to prune, in [0, 1), without a guarantee.
     certificate : Certificate, optional
         Prune what it was made for, to the sparsity that it certifies.
-    scope, criterion : str
+    scope, criterion, pattern : optional
         As for `confprune.prune_levels`; with a certificate, its own.
     include : sequence of str, optional
         Patterns (``"encoder.*.weight"``) of the names to prune. By default the matrices and
@@ -123,7 +125,8 @@ def prune(
     ------
     ValueError
         If the file is not a safetensors file; if nothing in it is to be pruned; if the
-        certificate certifies nothing or was made for other weights (the difference is named).
+        certificate certifies nothing, was made for other weights (the difference is named), or by
+        a criterion that needs more than the weights.
 
     Examples
     --------
@@ -144,14 +147,24 @@ def prune(
     tensors, metadata = read(source)
     if certificate is not None:
         prunable = _certified(tensors, metadata, certificate, source)
-        assert certificate.pruning is not None
+        pruning = certificate.pruning
+        assert pruning is not None
         sparsity, record = certificate.sparsity, _record(certificate)
-        scope, criterion = certificate.pruning.scope, certificate.pruning.criterion
+        scope, criterion, pattern = pruning.scope, pruning.criterion, pruning.pattern
+        stored = dict(zip(pruning.parameters, prunable, strict=True))
+        layout = {stored[name]: groups for name, groups in pruning.inputs_first.items()}
     else:
         assert sparsity is not None
-        prunable = _selected(tensors, include, exclude, source)
+        prunable, layout = _selected(tensors, include, exclude, source), {}
         record = {"confprune.sparsity": repr(sparsity), "confprune.version": confprune.__version__}
-    levels = levels_of(prunable, [sparsity], scope=scope, criterion=criterion)
+    levels = levels_of(
+        prunable,
+        [sparsity],
+        scope=scope,
+        criterion=criterion,
+        pattern=pattern,
+        inputs_first=layout,
+    )
     pruned = {
         # Not a product with the mask: that would leave -0 behind, and NaN where inf was pruned.
         name: tensor.masked_fill(~levels.mask(name, 0), 0)
@@ -187,6 +200,11 @@ def _certified(
         )
     if not certificate.certified:
         raise ValueError("the certificate certifies no sparsity")
+    if certificate.pruning.statistics:
+        raise ValueError(
+            f"criterion {certificate.pruning.criterion!r} needs more than the weights, and neither "
+            "file holds it: prune the network itself, with certificate.prune(model)"
+        )
     # Of tied weights the file holds one; its metadata say under which name.
     stored = {name: metadata.get(name, name) for name in certificate.pruning.parameters}
     found = {name: tensors[kept] for name, kept in stored.items() if kept in tensors}

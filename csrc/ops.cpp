@@ -195,10 +195,22 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   int64_t* rank = ranks.data_ptr<int64_t>();
   std::copy(rank, rank + cuts_size, equal.begin());
   if (table.any_straddled()) {
-    // Ties are broken by position, so each part must know how many stand before it.
+    // Ties are broken by position, so each part must know how many stand before it: all threads
+    // count together in the parts that have one behind them.
+    const int64_t step = (size + threads - 1) / threads;
+    std::mutex adding;
     if (threads > 1)
-      parts(size, [&](int64_t part, int64_t begin, int64_t end) {
-        table.count_equal(source, begin, end, equal.data() + (part + 1) * cuts_size);
+      parts(std::min(size, step * (threads - 1)), [&](int64_t, int64_t begin, int64_t end) {
+        std::vector<int64_t> own(cuts_size);
+        for (int64_t at = begin; at < end;) {
+          const int64_t part = at / step, stop = std::min(end, (part + 1) * step);
+          std::fill(own.begin(), own.end(), 0);
+          table.count_equal(source, at, stop, own.data());
+          const std::lock_guard<std::mutex> lock(adding);
+          for (int64_t cut = 0; cut < cuts_size; ++cut)
+            equal[(part + 1) * cuts_size + cut] += own[cut];
+          at = stop;
+        }
       });
     for (int64_t part = 1; part <= threads; ++part)
       for (int64_t cut = 0; cut < cuts_size; ++cut)

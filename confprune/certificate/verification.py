@@ -271,8 +271,10 @@ def _tested_examples(
         if count is not None:
             _check_total(certificate, count)
         return None, examples
+    pruning = certificate.pruning
+    scored = 0 if pruning is None or pruning.score_data is None else pruning.score_data.taken
     total = order_length(data)
-    aside = ordering_size(total) if set_aside else 0
+    aside = scored + (ordering_size(total - scored) if set_aside else 0)
     _check_total(certificate, total - aside)
     if certificate.seed is None or (looks is not None and looks.order == "given"):
         order = torch.arange(total)

@@ -243,9 +243,9 @@ def _conv(dimensions: int) -> Callable[..., Any]:
             outputs,
             block,
             list(weight.shape[2:]),
-            _each(stride, dimensions),
+            each(stride, dimensions),
             margin,
-            _each(dilation, dimensions),
+            each(dilation, dimensions),
             groups,
             scale,
             relu,
@@ -264,13 +264,14 @@ def _padding(padding: Any, weight: Tensor, dilation: Any) -> list[int] | None:
         return [0] * dimensions
     if padding == "same":
         reach = [
-            d * (k - 1) for d, k in zip(_each(dilation, dimensions), weight.shape[2:], strict=True)
+            d * (k - 1) for d, k in zip(each(dilation, dimensions), weight.shape[2:], strict=True)
         ]
         return [r // 2 for r in reach] if all(r % 2 == 0 for r in reach) else None
-    return _each(padding, dimensions)
+    return each(padding, dimensions)
 
 
-def _each(value: Any, dimensions: int) -> list[int]:
+def each(value: Any, dimensions: int) -> list[int]:
+    """A setting of a convolution for each of its dimensions, given for all or one by one."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dimensions if len(values) == 1 else values
 
