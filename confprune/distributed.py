@@ -60,10 +60,11 @@ class Ranks:
         self._group = group
         self.rank, self.size = 0, 1
         if group is not None:
-            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            self.rank = dist.get_rank(group)
+            if self.rank < 0:
+                raise ValueError("this process is no member of group; call on its ranks only")
+            self.size = dist.get_world_size(group)
             self._device = _device(group)
-        if self.rank < 0:
-            raise ValueError("this process is no member of group; call on the group's ranks only")
 
     @contextmanager
     def together(self) -> Iterator[Ranks]:
