@@ -335,7 +335,7 @@ def calibrate(
         reading: dict[str, Any] = {
             "forward": forward,
             "batch_size": batch_size,
-            "progress": progress,
+            "progress": progress and ranks.rank == 0,
         }
         found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
         levels = [

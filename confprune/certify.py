@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
+from confprune.agreement import check_agreement
 from confprune.batches import (
     Forward,
     batches,
@@ -69,7 +69,8 @@ def certify(
     if permutable(data):
         order = random_order(data, question.seed)[question.scored :]
     if ranks.size > 1:
-        _check_ranks(ranks, question, model, data, ways, batches(data, batch_size, order))
+        weights = [pruning_of(model, levels).fingerprint for levels in ways]
+        check_agreement(ranks, question, data, batches(data, batch_size, order), ways, weights)
     names = _group_names(question, data, batch_size, order)
     candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
@@ -327,41 +328,6 @@ def _name(levels: PruneLevels) -> str:
 def versions() -> dict[str, str]:
     """The versions that made a certificate."""
     return {name: metadata.version(name) for name in ("confprune", "torch", "numpy")}
-
-
-def _check_ranks(
-    ranks: Ranks,
-    question: Question,
-    model: nn.Module,
-    data: Any,
-    ways: Sequence[PruneLevels],
-    stream: Iterator[Any],
-) -> None:
-    """Raise ValueError unless all ranks ask the same of the same network on the same data."""
-    if isinstance(data, Iterator):
-        raise ValueError(
-            "with group= the data is read more than once, which an iterator cannot be: give "
-            "tensors, a Dataset, a DataLoader or a list of batches"
-        )
-    tensors = [leaf for leaf in tree_iter(next(stream)) if isinstance(leaf, Tensor)]
-    ranks.agree(
-        {
-            "the settings": (
-                [(risk.loss.name, risk.alpha) for risk in question.risks],
-                (repr(question.delta), question.pvalue, question.procedure.name, question.looks),
-                (question.guarantee, question.seed, question.order, question.score_data),
-                [
-                    (levels.sparsities, levels.scope, levels.criterion, levels.pattern)
-                    for levels in ways
-                ],
-            ),
-            "the model": [pruning_of(model, levels).fingerprint for levels in ways],
-            "the data, whole and in one order,": (
-                example_count(data),
-                fingerprint({str(i): tensor for i, tensor in enumerate(tensors)}),
-            ),
-        }
-    )
 
 
 def _group_names(

@@ -30,7 +30,8 @@ class RankError(RuntimeError):
 class Ranks:
     """The processes of a group; of none, this process alone.
 
-    Every method is collective: all ranks call it, in the same order, within `together`.
+    Every method is collective: all ranks call it, in the same order, within `together`. Elsewhere
+    a collective of torch's own comes after `meet`.
 
     Parameters
     ----------
@@ -82,15 +83,19 @@ class Ranks:
             raise
         except Exception as error:
             with suppress(RankError):  # what happened here says more
-                self._meet(f"{type(error).__name__}: {error}")
+                self._tell(f"{type(error).__name__}: {error}")
             raise
-        self._meet()
+        self._tell(None)
+
+    def meet(self) -> None:
+        """Raise RankError if another rank has failed; before every collective."""
+        self._tell(None)
 
     def sum(self, array: np.ndarray[Any, np.dtype[Scalar]]) -> np.ndarray[Any, np.dtype[Scalar]]:
         """The sum over the ranks of arrays of one shape."""
         if self.size == 1:
             return array
-        self._meet()
+        self.meet()
         total = self._tensor(array)
         self._call(lambda: dist.all_reduce(total, group=self._group))
         return total.cpu().numpy()
@@ -118,7 +123,7 @@ class Ranks:
         """What each rank has; for small things that pickle."""
         if self.size == 1:
             return [value]
-        self._meet()
+        self.meet()
         return self._exchange(value)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
@@ -134,7 +139,7 @@ class Ranks:
                         f"another than rank {self._global(self.rank)}"
                     )
 
-    def _meet(self, reason: str | None = None) -> None:
+    def _tell(self, reason: str | None) -> None:
         """Tell the others whether this rank has failed; raise RankError where another has."""
         if self.size == 1:
             return
@@ -148,7 +153,7 @@ class Ranks:
             raise RankError(f"rank {self._global(first)} failed: {reasons[first]}")
 
     def _gather(self, array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        self._meet()
+        self.meet()
         own = self._tensor(array)
         every = [torch.empty_like(own) for _ in range(self.size)]
         self._call(lambda: dist.all_gather(every, own, group=self._group))

@@ -123,7 +123,7 @@ class Evaluation:
         # No generator may hold the mode: an exception would leave it to the garbage collector.
         with (
             evaluation_mode(self._model),
-            progress_bar(data, order, progress and self._ranks.rank == 0, "calibrate") as self._bar,
+            progress_bar(data, order, progress, "calibrate") as self._bar,
             closing(moved_batches(self._model, data, batch_size, order)) as stream,
         ):
             yield stream

@@ -210,6 +210,7 @@ def prune_levels(
         raise ValueError("group= was given, but the model's DTensors have one: leave it out")
     with Ranks(group if sharding is None else sharding.group).together() as ranks:
         prunable = detached(prunable_parameters(model, parameters))
+        ranks.meet()  # torch may move weights
         levels = levels_of(
             prunable if sharding is None else sharding.shards(prunable),
             sparsities,
@@ -238,11 +239,12 @@ def levels_of(
 ) -> PruneLevels:
     """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
 
-    With `ranks` each gives what it holds of the tensors: some of them, or of each a part that
-    comes, flattened, before the part of the next rank. It gets the prune levels of these, the same
-    as if one process held all; `counts` and `thresholds` are those of all ranks. The tensors' order
-    is that of rank 0, followed by what rank 1 has besides, and so on; to state another, rank 0
-    gives empty tensors for what it does not hold.
+    With `ranks`, as of ``with Ranks(group).together() as ranks:`` (`confprune.distributed`), each
+    gives what it holds of the tensors: some of them, or of each a part that comes, flattened,
+    before the part of the next rank. It gets the prune levels of these, the same as if one process
+    held all; `counts` and `thresholds` are those of all ranks, what follows from `levels` is of
+    this one. The tensors' order is that of rank 0, followed by what rank 1 has besides, and so on;
+    to state another, rank 0 gives empty tensors for what it does not hold.
 
     Examples
     --------
