@@ -271,8 +271,8 @@ def calibrate(
         Show a progress bar.
     group : torch.distributed.ProcessGroup, optional
         Ranks that share the work, such as ``torch.distributed.group.WORLD``: all call with the
-        same model, data and settings, each evaluates a part of the examples, and the losses are
-        put together at each look.
+        same model, data and settings and read all of the data, each evaluates a part of the
+        examples, and the losses are put together before each look.
 
     Returns
     -------

@@ -101,7 +101,7 @@ class Evaluation:
         self._candidates = np.array(candidates, dtype=np.int64).reshape(-1, 2)
         self._accept = accept
         self._groups = groups
-        self._ranks = ranks
+        self.ranks = ranks
         self._share = itertools.cycle([rank == ranks.rank for rank in range(ranks.size)])
         self._seen = 0
         self._order: Tensor | None = None
@@ -163,13 +163,13 @@ class Evaluation:
 
     def completed(self, evidence: Evidence) -> Evidence:
         """The evidence with what every rank has evaluated of it."""
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             return evidence
         accepted = evidence.accepted
         if accepted is not None:
-            accepted = self._ranks.sum(accepted.astype(np.uint8)).astype(bool)
+            accepted = self.ranks.sum(accepted.astype(np.uint8)).astype(bool)
         # One number and zeros: their sum is exact in any order.
-        return replace(evidence, losses=self._ranks.sum(evidence.losses), accepted=accepted)
+        return replace(evidence, losses=self.ranks.sum(evidence.losses), accepted=accepted)
 
     def _check_values(
         self, values: Tensor, loss: Loss, levels: Sequence[int], sparsities: Sequence[float]
@@ -305,18 +305,18 @@ def early_test(
         procedure=procedure.name,
     )
     accepted = np.zeros(len(evaluation))
-    seen, since_look = 0, list[Evidence]()
+    seen, pending = 0, list[Evidence]()
     with evaluation.stream(data, batch_size, order, progress) as stream:
         for batch in stream:
             begin, size = 0, batch_length(batch)
             while begin < size and not test.finished:
                 end = min(size, begin + test.next_look - seen)
-                since_look.append(evaluation(slice_batch(batch, begin, end), test.active))
+                pending.append(evaluation(slice_batch(batch, begin, end), test.active))
                 seen += end - begin
                 begin = end
-                if seen == test.next_look:
-                    accepted += _take_in(test, evaluation, targets, since_look)
-                    since_look.clear()
+                if seen == test.next_look or len(pending) == evaluation.ranks.size:
+                    accepted += _take_in(test, evaluation, targets, pending)
+                    pending.clear()
             if test.finished:
                 break
     if not test.finished:
@@ -336,11 +336,11 @@ def _take_in(
     test: SequentialTest,
     evaluation: Evaluation,
     targets: Sequence[Target],
-    since_look: Sequence[Evidence],
+    pending: Sequence[Evidence],
 ) -> FloatArray:
-    """Look at all evidence since the last look; how many examples each candidate accepted."""
+    """Test on evidence that ends at a look at the latest; the acceptances of each candidate."""
     active, accepted = test.active, np.zeros(len(evaluation))
-    for own in since_look:
+    for own in pending:
         evidence = evaluation.completed(own)
         parts = [evidence.of(target, evaluation.losses) for target in targets]
         if evidence.accepted is not None:

@@ -66,7 +66,7 @@ def select_in_parts(rank: int, scope: str) -> None:
         whole = weights(dtype)
         for grid in (GRID, [j / 300 for j in range(300)]):
             expected = levels_of(whole, grid, scope=scope)
-            for where in (0.0, 0.37, 1.0):
+            for where in (0.37, 1.0):
                 mine = {name: part(tensor, rank, where) for name, tensor in whole.items()}
                 with Ranks(group).together() as ranks:
                     found = levels_of(mine, grid, scope=scope, ranks=ranks)
@@ -417,5 +417,13 @@ def test_one_process_needs_no_group():
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ranks.objects("x") == ["x"]
     assert [a.tolist() for a in ranks.around(np.array([1, 2]))] == [[0, 0], [0, 0]]
+    ranks.meet()
     with pytest.raises(KeyError), ranks.together():
         raise KeyError("as it is")
+
+
+def test_what_stands_before_a_rank_and_after_it(monkeypatch):
+    ranks = Ranks()
+    ranks.rank, ranks.size = 1, 3
+    monkeypatch.setattr(ranks, "_gather", lambda own: [own + 5, own, own + 7])
+    assert [a.tolist() for a in ranks.around(np.array([1, 2]))] == [[6, 7], [8, 9]]
