@@ -9,6 +9,7 @@ once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from confprune.grid.fusion import LAYER_CALLS, Fusion, fixed_batch_norm
 
 _BLOCK = 64  # columns whose inputs stay in the first-level cache
 _MAX_BLOCK = 32767
+_MAX_POOL = 3  # side of the largest window that is pooled view by view
 
 
 class Layer:
@@ -316,6 +318,32 @@ def _batch_norm(mode: GridMode, input: Tensor, *args: Any, **kwargs: Any) -> Any
     return input * affine.scale.reshape(shape) + affine.shift.reshape(shape)
 
 
+def _max_pool2d(
+    mode: GridMode,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Max pooling as the maximum of shifted views: torch's own copies activations batch-minor."""
+    kernel, step = each(kernel_size, 2), each(stride or kernel_size, 2)
+    rare = ceil_mode or return_indices or each(dilation, 2) != [1, 1] or input.ndim != 4
+    if rare or not mode.batch_minor or not _depends_on_level(input) or max(kernel) > _MAX_POOL:
+        return NotImplemented
+    margin = each(padding, 2)
+    if any(margin):
+        input = F.pad(input, (margin[1], margin[1], margin[0], margin[0]), value=-torch.inf)
+    ends = [size - k + 1 for size, k in zip(input.shape[2:], kernel, strict=True)]
+    result: Tensor | None = None
+    for row, column in itertools.product(range(kernel[0]), range(kernel[1])):
+        view = input[:, :, row : row + ends[0] : step[0], column : column + ends[1] : step[1]]
+        result = view if result is None else torch.maximum(result, view)
+    return result
+
+
 _FUSED: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -328,6 +356,8 @@ _FUSED: dict[Any, Callable[..., Any]] = {
 
 # Functions that torch runs slowly under vmap, also where no prunable weight is involved.
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
     F.scaled_dot_product_attention: _attention,
     F.batch_norm: _batch_norm,
     F.multi_head_attention_forward: _multi_head,
