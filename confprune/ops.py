@@ -3,7 +3,7 @@
 Importing this module loads the extension and registers ``torch.ops.confprune.*``:
 
 ``magnitude_histogram``  adds the counts of one digit of every score's key
-``magnitude_collect``    the keys that share their high bits with some cut
+``magnitude_collect``    the keys in narrow brackets around the cuts, and the number under each
 ``assign_levels``        prune levels from thresholds and ties
 ``prefix_rows``          a weight matrix with each row ordered by prune level
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
@@ -51,7 +51,16 @@ def _(
 
 
 @torch.library.register_fake("confprune::magnitude_collect")  # type: ignore[untyped-decorator]
-def _(scores: Tensor, key: torch.dtype, prefixes: Tensor, shift: int) -> Tensor:
+def _(
+    scores: Tensor,
+    key: torch.dtype,
+    prefixes: Tensor,
+    shift: int,
+    low: Tensor,
+    high: Tensor,
+    limit: int,
+    below: Tensor,
+) -> Tensor:
     return prefixes.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 

@@ -2,15 +2,17 @@
 
 The bits of |w| without the sign order as |w| does, so the k-th smallest score is found as its key
 is read from the top: a histogram of the high bits over all scores tells for every level which bin
-holds its cut. The few keys in those bins are then collected and sorted; where they are many,
-because the scores are alike, further digits are counted first. 16-bit floats need one read, float32
-two.
+holds its cut, and how many keys of the bin are pruned. Where within the bin the cut lies is then
+guessed by interpolation, and the keys of a narrow bracket around it are collected and sorted; what
+stands under the bracket is counted, so that a bad guess is noticed, and further digits are counted
+instead. 16-bit floats need one read, the others two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 
-_FIRST_DIGIT = 18
-_COLLECT = 1 << 20  # keys that are always few enough to be sorted
+_FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
+_COLLECT = 1 << 17  # keys that are always few enough to be sorted
+_DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a uniform rank
 _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
 _KEY_BITS = {torch.float32: 31, torch.float64: 63, torch.float16: 15, torch.bfloat16: 15}
 _KEY_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -111,17 +114,63 @@ def select(scores: Mapping[str, Tensor], counts: Sequence[int]) -> Cuts:
             below[j] += cumulative[row[j], digit] - histogram[row[j], digit]
             equal[j] = histogram[row[j], digit]
             prefix[j] = (prefix[j] << digit_bits) | digit
-        prefixes, some = np.unique(prefix[cutting], return_index=True)
-        sizes = equal[cutting][some]
-        if shift > 0 and sizes.sum() <= max(_COLLECT, total // 8):
-            ordered = _collect(scores, key, prefixes, shift)
-            start = np.concatenate([[0], sizes.cumsum()])[np.searchsorted(prefixes, prefix)]
-            place = np.where(rank > 0, start + rank - below - 1, 0)
-            prefix = ordered[place] if len(ordered) else prefix
-            left, right = (np.searchsorted(ordered, prefix, side) for side in ("left", "right"))
-            below, equal = below + left - start, right - left
+        prefixes = np.unique(prefix[cutting])
+        if shift == 0 or not len(cutting):
+            break
+        inside = _Inside(shift, prefixes, prefix[cutting], (rank - below)[cutting], equal[cutting])
+        found = _interpolate(scores, key, inside, total)
+        if found is not None:
+            prefix[cutting], below_cut, equal[cutting] = found
+            below[cutting] += below_cut
             break
     return Cuts(key, rank, prefix, np.where(rank > 0, rank - below, 0), equal)
+
+
+class _Inside(NamedTuple):
+    """Cuts known by the bin they lie in, and their rank among its keys."""
+
+    shift: int  # bits of a key that are not known yet
+    prefixes: np.ndarray  # of the bins, increasing
+    prefix: np.ndarray  # of each cut's bin
+    rank: np.ndarray  # from 1
+    size: np.ndarray  # keys in the bin
+
+
+def _interpolate(
+    scores: Mapping[str, Tensor], key: torch.dtype, inside: _Inside, total: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The cuts' keys, the keys below each in its bin, and those equal to it.
+
+    None where the keys are not spread evenly enough for that.
+    """
+    row = np.searchsorted(inside.prefixes, inside.prefix)
+    width = 1 << inside.shift
+    margin = _DEVIATIONS / 2 * np.sqrt(inside.size) + 8
+    scale = width / inside.size
+    low = np.full(len(inside.prefixes), width, dtype=np.int64)
+    high = np.zeros(len(inside.prefixes), dtype=np.int64)
+    np.minimum.at(low, row, np.maximum(0, (inside.rank - margin) * scale).astype(np.int64))
+    np.maximum.at(
+        high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64)
+    )
+    sizes = np.zeros(len(inside.prefixes))
+    sizes[row] = inside.size
+    limit = max(_COLLECT, total // 32)
+    if (sizes * (high - low + 1) / width).sum() > limit:
+        return None
+    low += inside.prefixes << inside.shift
+    high += inside.prefixes << inside.shift
+    below = np.zeros(len(inside.prefixes), dtype=np.int64)
+    keys = _collect(scores, key, inside, low, high, 2 * limit, below)
+    if len(keys) > 2 * limit:
+        return None
+    start, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, "right")
+    at = start[row] + inside.rank - below[row] - 1
+    if np.any((at < start[row]) | (at >= stop[row])):
+        return None
+    cut = keys[at]
+    left, right = np.searchsorted(keys, cut), np.searchsorted(keys, cut, "right")
+    return cut, below[row] + left - start[row], right - left
 
 
 def assign(scores: Mapping[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
@@ -165,15 +214,28 @@ def _count(
 
 
 def _collect(
-    scores: Mapping[str, Tensor], key: torch.dtype, prefixes: np.ndarray, shift: int
+    scores: Mapping[str, Tensor],
+    key: torch.dtype,
+    inside: _Inside,
+    low: np.ndarray,
+    high: np.ndarray,
+    limit: int,
+    below: np.ndarray,
 ) -> np.ndarray:
-    """All keys with one of these prefixes, sorted."""
-    wanted = torch.from_numpy(prefixes)
-    found = [
-        torch.ops.confprune.magnitude_collect(tensor, key, wanted, shift).numpy()
-        for tensor in scores.values()
-    ]
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+    """The keys in the bins' brackets, sorted, and the number under them added to `below`.
+
+    Ends early once there are more than `limit`.
+    """
+    tables = [torch.from_numpy(a) for a in (inside.prefixes, low, high, below)]
+    found: list[np.ndarray] = []
+    for tensor in scores.values():
+        left = limit - sum(map(len, found))
+        if left >= 0:
+            keys = torch.ops.confprune.magnitude_collect(
+                tensor, key, tables[0], inside.shift, *tables[1:3], left, tables[3]
+            )
+            found.append(keys.numpy())
+    return np.sort(np.concatenate(found))
 
 
 def _check_nan(

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/grid_product.h"
+#include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
 #include "kernels/selection.h"
 
@@ -120,22 +121,35 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
 }
 
 Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
-                         int64_t shift) {
+                         int64_t shift, const Tensor& low, const Tensor& high, int64_t limit,
+                         Tensor& below) {
   check_key(scores.scalar_type(), key);
   const Element key_element = element_of(key, "key");
   const int bits = key_bits(key_element);
   TORCH_CHECK_VALUE(shift >= 0 && shift < bits, "shift ", shift, " leaves the ", bits,
                     " bits of a key");
-  const std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
+  std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
+  const int64_t size = prefixes.numel();
+  TORCH_CHECK_VALUE(low.numel() == size && high.numel() == size && below.numel() == size,
+                    "prefixes, low, high and below disagree in size");
+  const Brackets brackets{
+      key_element, int(shift), std::move(wanted), int64_data(low, "low"), int64_data(high, "high"),
+      limit};
   const Source source = source_of(scores, "scores");
+  int64_data(below, "below");
   std::vector<std::vector<int64_t>> found(size_t(at::get_num_threads()) + 1);
+  std::mutex adding;
   const int64_t used = parts(scores.numel(), [&](int64_t part, int64_t begin, int64_t end) {
-    collect(source, begin, end, key_element, int(shift), wanted, &found[part]);
+    std::vector<int64_t> own(size, 0);
+    collect(source, begin, end, brackets, own.data(), &found[part]);
+    const std::lock_guard<std::mutex> lock(adding);
+    for (int64_t i = 0; i < size; ++i)
+      below.data_ptr<int64_t>()[i] += own[i];
   });
-  int64_t size = 0;
+  int64_t total = 0;
   for (const auto& keys : found)
-    size += int64_t(keys.size());
-  Tensor result = at::empty({size}, prefixes.options());
+    total += int64_t(keys.size());
+  Tensor result = at::empty({total}, prefixes.options());
   int64_t* out = result.data_ptr<int64_t>();
   for (int64_t part = 0; part < used; ++part)
     out = std::copy(found[part].begin(), found[part].end(), out);
@@ -415,11 +429,13 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
 }  // namespace confprune
 
 TORCH_LIBRARY(confprune, m) {
-  m.def("instruction_set() -> str", [] { return std::string(confprune::instruction_set()); });
+  m.def("instruction_set() -> str", [] { return std::string(confprune::instruction_set().name); });
   m.def(
       "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
       "int digit_bits, Tensor(a!) counts) -> ()");
-  m.def("magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift) -> Tensor");
+  m.def(
+      "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift, Tensor low, "
+      "Tensor high, int limit, Tensor(a!) below) -> Tensor");
   m.def(
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");

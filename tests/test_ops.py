@@ -530,7 +530,9 @@ def registered_calls():
     counts = torch.zeros(1 << 15, dtype=torch.int64)
     yield "magnitude_histogram", (scores, torch.float32, nothing, 16, 15, counts)
     top = scores.abs().view(torch.int32).long() >> 16
-    yield "magnitude_collect", (scores, torch.float32, top.unique()[3:5], 16)
+    prefixes = top.unique()[3:5]
+    brackets = (prefixes << 16, (prefixes << 16) + 9999, 1000, torch.zeros(2, dtype=torch.int64))
+    yield "magnitude_collect", (scores, torch.float32, prefixes, 16, *brackets)
     key = scores.abs().median().view(torch.int32).reshape(1).long()
     cut = (torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([True]))
     yield "assign_levels", (scores, torch.float32, key, *cut, torch.zeros(1, dtype=torch.int64))
@@ -730,6 +732,8 @@ def test_a_histogram_of_wrong_arguments_is_refused(changes, error, message):
         ({"prefixes": longs(2, 1)}, ValueError, "increasing numbers of 15 bits, got 1"),
         ({"prefixes": longs(-1)}, ValueError, "increasing numbers of 15 bits, got -1"),
         ({"prefixes": longs(1).int()}, TypeError, "prefixes must be a contiguous int64"),
+        ({"low": longs(0, 1)}, ValueError, "disagree in size"),
+        ({"below": longs()}, ValueError, "disagree in size"),
     ],
 )
 def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
@@ -738,6 +742,10 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
         "key": torch.float32,
         "prefixes": longs(1),
         "shift": 16,
+        "low": longs(0),
+        "high": longs(0),
+        "limit": 10,
+        "below": longs(0),
     }
     with pytest.raises(error, match=message):
         torch.ops.confprune.magnitude_collect(**(arguments | changes))

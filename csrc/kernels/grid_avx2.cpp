@@ -19,11 +19,12 @@
 #define CONFPRUNE_VECTOR_BYTES 32
 #define CONFPRUNE_TILE_VECTORS 8
 #include "kernels/grid_algorithm.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 
 const InstructionSet& avx2_set() {
-  static const InstructionSet set{"avx2", tile_lanes, run_task};
+  static const InstructionSet set{"avx2", tile_lanes, run_task, nullptr};
   return set;
 }
 

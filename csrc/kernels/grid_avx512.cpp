@@ -22,11 +22,12 @@
 #define CONFPRUNE_VECTOR_BYTES 64
 #define CONFPRUNE_TILE_VECTORS 8
 #include "kernels/grid_algorithm.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 
 const InstructionSet& avx512_set() {
-  static const InstructionSet set{"avx512", tile_lanes, run_task};
+  static const InstructionSet set{"avx512", tile_lanes, run_task, filter_keys_avx512};
   return set;
 }
 

@@ -2,11 +2,12 @@
 #define CONFPRUNE_VECTOR_BYTES 16
 #define CONFPRUNE_TILE_VECTORS 8
 #include "kernels/grid_algorithm.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 
 const InstructionSet& baseline_set() {
-  static const InstructionSet set{"baseline", tile_lanes, run_task};
+  static const InstructionSet set{"baseline", tile_lanes, run_task, nullptr};
   return set;
 }
 

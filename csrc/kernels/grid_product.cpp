@@ -1,40 +1,17 @@
 #include "kernels/grid_product.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 
 #include "kernels/grid_tasks.h"
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
 constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
-
-const InstructionSet& choose() {
-  const char* asked = std::getenv("CONFPRUNE_ISA");
-  const auto allowed = [&](const char* name) {  // asking for "avx2" leaves avx512 out
-    return asked == nullptr || std::strcmp(asked, "avx512") == 0 || std::strcmp(asked, name) == 0;
-  };
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return avx512_set();
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2_set();
-#endif
-  return baseline_set();
-}
-
-const InstructionSet& chosen() {
-  static const InstructionSet& set = choose();
-  return set;
-}
 
 PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   const Convolution& c = product.convolution;
@@ -89,7 +66,7 @@ struct GridPlan::Details : GridDetails {};
 GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Details) {
   GridDetails& d = *details_;
   d.product = product;
-  d.lanes = chosen().lanes(product.wide);
+  d.lanes = instruction_set().lanes(product.wide);
   const Convolution& c = product.convolution;
   const bool linear = c.output[0] * c.output[1] * c.output[2] == 1;
   const int64_t widest = linear ? d.lanes : kConvolutionChunk;
@@ -125,11 +102,7 @@ int64_t GridPlan::scratch_bytes() const {
 }
 
 void GridPlan::run(int64_t task, void* scratch) const {
-  chosen().run(*details_, task, scratch);
-}
-
-const char* instruction_set() {
-  return chosen().name;
+  instruction_set().run(*details_, task, scratch);
 }
 
 }  // namespace confprune

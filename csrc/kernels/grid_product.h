@@ -73,7 +73,4 @@ class GridPlan {
   Details* details_;
 };
 
-// "avx512", "avx2" or "baseline": what this machine runs, unless CONFPRUNE_ISA asks for less.
-const char* instruction_set();
-
 }  // namespace confprune

@@ -1,4 +1,4 @@
-// What the instruction sets share: a planned product, and the table of their entry points.
+// A planned product, as all instruction sets run it.
 #pragma once
 
 #include <cstdint>
@@ -27,18 +27,6 @@ struct GridDetails {
   int64_t row_groups;  // tasks along the rows
   int64_t lanes;       // lanes of one tile
 };
-
-struct InstructionSet {
-  const char* name;
-  int64_t (*lanes)(bool wide);
-  void (*run)(const GridDetails& details, int64_t task, void* scratch);
-};
-
-const InstructionSet& baseline_set();
-#if defined(__x86_64__)
-const InstructionSet& avx2_set();
-const InstructionSet& avx512_set();
-#endif
 
 constexpr int64_t kSharedRows = 16;  // rows whose K outputs are held while an input is shared
 

@@ -1,12 +1,15 @@
 #include "kernels/selection.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
+
+#include "kernels/instruction_set.h"
 
 namespace confprune {
 namespace {
 
-constexpr int kTableBits = 18;    // what stays in the caches, and leaves few keys beside a cut
+constexpr int kTableBits = 17;    // of prefixes: what weights use of the table stays in L1
 constexpr int64_t kChunk = 4096;  // elements gathered at a time from a strided tensor
 
 template <Element>
@@ -101,63 +104,80 @@ void dispatch(Element element, Element key, Body body) {
   }
 }
 
-// Finds the row of a key's prefix: a table over the prefix's own high bits gives the few
-// candidates.
+// Finds the row of a key's prefix: a table over the prefix's own high bits gives the first
+// candidate.
 class PrefixIndex {
  public:
-  PrefixIndex(const std::vector<uint64_t>& prefixes, int prefix_bits)
-      : prefixes_(prefixes), shift_(std::max(0, prefix_bits - kTableBits)) {
-    const size_t bins = size_t(1) << (prefix_bits - shift_);
-    table_.assign(bins + 1, 0);
-    for (uint64_t prefix : prefixes)
-      ++table_[(prefix >> shift_) + 1];
-    for (size_t bin = 1; bin <= bins; ++bin)
-      table_[bin] += table_[bin - 1];
-    holds_.resize(bins);
-    for (size_t bin = 0; bin < bins; ++bin)
-      holds_[bin] = table_[bin] < table_[bin + 1];
+  // The prefixes are a key's bits above `shift`.
+  PrefixIndex(const std::vector<uint64_t>& prefixes, Element key, int shift)
+      : prefixes_(prefixes),
+        table_shift_(std::max(shift, key_bits(key) - kTableBits)),
+        shift_(shift),
+        first_(size_t(1) << (key_bits(key) - table_shift_), -1),
+        window_{} {
+    const int between = table_shift_ - shift_;
+    for (size_t i = prefixes.size(); i-- > 0;)
+      first_[prefixes[i] >> between] = int32_t(i);
+    if (prefixes.empty() || key != Element::float32)
+      return;
+    const uint32_t top = uint32_t(prefixes.back() >> between);
+    const uint32_t base = std::max(top, KeyWindow::kBins - 2) - (KeyWindow::kBins - 2);
+    window_.shift = table_shift_;
+    window_.base = base << table_shift_;
+    for (uint64_t prefix : prefixes) {
+      const uint32_t bin = std::max(uint32_t(prefix >> between), base) - base;
+      window_.flags[bin / 32] |= 1u << (bin % 32);
+    }
   }
 
-  // Whether some prefix shares this one's high bits.
-  bool may_hold(uint64_t prefix) const { return holds_[prefix >> shift_]; }
+  // Writes the keys that may have a known prefix to `found`, in order; returns their number.
+  template <class K, class T, class Bits>
+  int64_t filter(const T* x, int64_t count, Bits* found) const {
+    if constexpr (std::is_same<T, float>::value && sizeof(Bits) == sizeof(float))
+      if (const KeyFilter vectorised = instruction_set().filter)
+        return vectorised(x, count, window_, found);
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; ++i) {  // without a branch: what is not wanted is overwritten
+      const Bits key = K::of(x[i]);
+      found[size] = key;
+      size += first_[key >> table_shift_] >= 0;
+    }
+    return size;
+  }
 
-  int64_t row(uint64_t prefix) const {
-    const size_t bin = prefix >> shift_;
-    if (!holds_[bin])
-      return -1;
-    for (int32_t at = table_[bin]; at < table_[bin + 1]; ++at)
-      if (prefixes_[at] == prefix)
-        return at;
-    return -1;
+  int64_t row(uint64_t key) const {
+    int64_t at = first_[key >> table_shift_];
+    if (at < 0 || table_shift_ == shift_)
+      return at;
+    const uint64_t prefix = key >> shift_;
+    const int64_t size = int64_t(prefixes_.size());
+    while (at < size && prefixes_[at] < prefix)
+      ++at;
+    return at < size && prefixes_[at] == prefix ? at : -1;
   }
 
  private:
   const std::vector<uint64_t>& prefixes_;
+  int table_shift_;
   int shift_;
-  std::vector<int32_t> table_;
-  std::vector<uint8_t> holds_;
+  std::vector<int32_t> first_;
+  KeyWindow window_;
 };
 
-// Counts all elements. Two tables in turn, so that a run of equal keys need not wait for its own
-// last increment.
-template <class T, class K, class Count>
-void count_all(const Source& source, int64_t begin, int64_t end, int shift, size_t cells,
-               Count* counts) {
-  std::vector<Count> other(size_t(end - begin) >= cells ? cells : 0);
-  Count* second = other.empty() ? counts : other.data();
+// Calls body(key, row) for every element with a known prefix, until it returns false. Few have, and
+// no branch can be predicted among them: so the candidates are gathered without one.
+template <class T, class K, class Body>
+void for_prefixed(const Source& source, int64_t begin, int64_t end, const PrefixIndex& index,
+                  Body body) {
+  typename K::Bits found[kChunk];
   for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-      ++counts[K::of(x[i]) >> shift];
-      ++second[K::of(x[i + 1]) >> shift];
-      ++counts[K::of(x[i + 2]) >> shift];
-      ++second[K::of(x[i + 3]) >> shift];
+    const int64_t size = index.template filter<K>(x, n, found);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t row = index.row(found[i]);
+      if (row >= 0)
+        body(uint64_t(found[i]), row);
     }
-    for (; i < n; ++i)
-      ++counts[K::of(x[i]) >> shift];
   });
-  for (size_t cell = 0; cell < other.size(); ++cell)
-    counts[cell] += other[cell];
 }
 
 template <class Count>
@@ -168,17 +188,15 @@ void histogram_any(const Source& source, int64_t begin, int64_t end, const Digit
     using K = Key<key_tag()>;
     const int shift = digit.shift;
     if (digit.prefixes.empty())
-      return count_all<T, K>(source, begin, end, shift, size_t(1) << digit.digit_bits, counts);
+      return for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
+        for (int64_t i = 0; i < n; ++i)
+          ++counts[K::of(x[i]) >> shift];
+      });
     const int above = shift + digit.digit_bits;
     const uint64_t mask = (uint64_t(1) << digit.digit_bits) - 1;
-    const PrefixIndex index(digit.prefixes, key_bits(digit.key) - above);
-    for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        const uint64_t key = K::of(x[i]);
-        const int64_t row = index.row(key >> above);
-        if (row >= 0)
-          ++counts[(row << digit.digit_bits) + ((key >> shift) & mask)];
-      }
+    const PrefixIndex index(digit.prefixes, digit.key, above);
+    for_prefixed<T, K>(source, begin, end, index, [&](uint64_t key, int64_t row) {
+      ++counts[(row << digit.digit_bits) + int64_t((key >> shift) & mask)];
     });
   });
 }
@@ -206,32 +224,34 @@ void histogram(const Source& source, int64_t begin, int64_t end, const Digit& di
   histogram_any(source, begin, end, digit, counts);
 }
 
-void collect(const Source& source, int64_t begin, int64_t end, Element key, int shift,
-             const std::vector<uint64_t>& prefixes, std::vector<int64_t>* keys) {
-  const PrefixIndex index(prefixes, key_bits(key) - shift);
-  dispatch(source.element, key, [&](auto element, auto key_tag) {
-    using T = decltype(element);
+void collect(const Source& source, int64_t begin, int64_t end, const Brackets& brackets,
+             int64_t* below, std::vector<int64_t>* keys) {
+  const PrefixIndex index(brackets.prefixes, brackets.key, brackets.shift);
+  dispatch(source.element, brackets.key, [&](auto element, auto key_tag) {
     using K = Key<key_tag()>;
-    for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
-      int64_t found[kChunk];
-      int64_t size = 0;
-      for (int64_t i = 0; i < n; ++i) {  // without a branch: what is not wanted is overwritten
-        const auto bits = K::of(x[i]);
-        found[size] = int64_t(bits);
-        size += index.may_hold(uint64_t(bits) >> shift);
+    typename K::Bits candidates[kChunk];
+    int64_t kept[kChunk];
+    for_chunks<decltype(element)>(source, begin, end, [&](int64_t, const auto* x, int64_t n) {
+      if (int64_t(keys->size()) > brackets.limit)
+        return;
+      const int64_t size = index.template filter<K>(x, n, candidates);
+      int64_t keeping = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t key = int64_t(candidates[i]);
+        const int64_t row = index.row(uint64_t(key));
+        if (row < 0)
+          continue;
+        below[row] += key < brackets.low[row];
+        kept[keeping] = key;
+        keeping += (key >= brackets.low[row]) & (key <= brackets.high[row]);
       }
-      for (int64_t i = 0; i < size; ++i)
-        if (index.row(uint64_t(found[i]) >> shift) >= 0)
-          keys->push_back(found[i]);
+      keys->insert(keys->end(), kept, kept + keeping);
     });
   });
 }
 
 CutTable::CutTable(Cuts cuts)
-    : cuts_(std::move(cuts)),
-      shift_(std::max(0, key_bits(cuts_.key) - kTableBits)),
-      any_straddled_(std::any_of(cuts_.straddled.begin(), cuts_.straddled.end(),
-                                 [](uint8_t flag) { return flag != 0; })) {
+    : cuts_(std::move(cuts)), shift_(std::max(0, key_bits(cuts_.key) - kTableBits)) {
   const size_t bins = size_t(1) << (key_bits(cuts_.key) - shift_);
   table_.resize(bins);
   size_t cut = 0;
@@ -243,29 +263,47 @@ CutTable::CutTable(Cuts cuts)
     const bool whole = cut == first || (shift_ == 0 && !cuts_.straddled[first]);
     table_[bin] = whole ? int16_t(cuts_.first_level[first]) : int16_t(-1 - int16_t(first));
   }
-}
-
-size_t CutTable::cut_at(uint64_t key, int16_t entry) const {
-  const auto first = cuts_.values.begin() + (-1 - entry);
-  if (shift_ == 0)
-    return size_t(-1 - entry);  // a bin is one key
-  return size_t(std::lower_bound(first, cuts_.values.end(), key) - cuts_.values.begin());
+  for (size_t i = 0; i < cuts_.values.size(); ++i)
+    if (cuts_.straddled[i])
+      straddled_.push_back(cuts_.values[i]);
 }
 
 void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const {
+  const PrefixIndex index(straddled_, cuts_.key, 0);
+  std::vector<int64_t> counts(straddled_.size(), 0);
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
-    using K = Key<key_tag()>;
-    for_chunks<decltype(element)>(source, begin, end, [&](int64_t, const auto* x, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        const uint64_t key = K::of(x[i]);
-        const int16_t entry = table_[key >> shift_];
-        if (entry >= 0)
-          continue;
-        const size_t cut = cut_at(key, entry);
-        if (cut < cuts_.values.size() && cuts_.values[cut] == key && cuts_.straddled[cut])
-          ++equal[cut];
-      }
-    });
+    for_prefixed<decltype(element), Key<key_tag()>>(source, begin, end, index,
+                                                    [&](uint64_t, int64_t row) { ++counts[row]; });
+  });
+  size_t row = 0;
+  for (size_t cut = 0; cut < cuts_.values.size(); ++cut)
+    if (cuts_.straddled[cut])
+      equal[cut] += counts[row++];
+}
+
+// Writes to levels[position] what the table tells of each element, then calls
+// special(position, cut, equal) where it tells only the first cut to compare with: few positions,
+// told apart without a branch.
+template <class T, class K, class Level, class Special>
+void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* levels,
+                    Special special) const {
+  const int16_t* table = table_.data();
+  int16_t found[kChunk];
+  for_chunks<T>(source, begin, end, [&](int64_t at, const T* x, int64_t n) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int16_t entry = table[K::of(x[i]) >> shift_];
+      levels[at + i] = Level(entry);
+      found[size] = int16_t(i);
+      size += entry < 0;
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      const uint64_t key = K::of(x[found[i]]);
+      size_t cut = size_t(-1 - table[key >> shift_]);
+      while (cut < cuts_.values.size() && cuts_.values[cut] < key)
+        ++cut;
+      special(at + found[i], cut, cut < cuts_.values.size() && cuts_.values[cut] == key);
+    }
   });
 }
 
@@ -294,20 +332,10 @@ void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int6
     return walk.level;
   };
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
-    using K = Key<key_tag()>;
-    for_chunks<decltype(element)>(source, begin, end, [&](int64_t at, const auto* x, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        const uint64_t key = K::of(x[i]);
-        const int16_t entry = table_[key >> shift_];
-        if (entry >= 0) {
-          levels[at + i] = Level(entry);
-          continue;
-        }
-        const size_t cut = cut_at(key, entry);
-        const bool equal = cut < cuts_.values.size() && cuts_.values[cut] == key;
-        levels[at + i] = Level(equal ? next_level(cut) : cuts_.first_level[cut]);
-      }
-    });
+    scan<decltype(element), Key<key_tag()>>(
+        source, begin, end, levels, [&](int64_t at, size_t cut, bool is_equal) {
+          levels[at] = Level(is_equal ? next_level(cut) : cuts_.first_level[cut]);
+        });
   });
   for (size_t cut = 0; cut < walks.size(); ++cut)
     ranks[cut] = walks[cut].rank;

@@ -5,7 +5,7 @@
 // order, so that any split over threads, tensors, files or machines gives the same answer.
 //
 // Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one increment
-// or one table look-up per element, about a cycle each; memory bandwidth is near.
+// or one table look-up per element, one to two cycles each; memory bandwidth is near.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +44,21 @@ void histogram(const Source& source, int64_t begin, int64_t end, const Digit& di
 void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
                int64_t* counts);
 
-// Appends to `keys` the keys of elements [begin, end) whose bits above `shift` are among
-// `prefixes`.
-void collect(const Source& source, int64_t begin, int64_t end, Element key, int shift,
-             const std::vector<uint64_t>& prefixes, std::vector<int64_t>* keys);
+// Where some order statistics are expected: among the keys whose bits above `shift` are
+// prefixes[i], those in [low[i], high[i]].
+struct Brackets {
+  Element key;
+  int shift;
+  std::vector<uint64_t> prefixes;
+  const int64_t* low;
+  const int64_t* high;
+  int64_t limit;  // of the keys worth keeping
+};
+
+// Appends to `keys` the bracketed keys of elements [begin, end), and adds to below[i] the number of
+// those with prefix i under their bracket. Stops early when there are more than `limit`.
+void collect(const Source& source, int64_t begin, int64_t end, const Brackets& brackets,
+             int64_t* below, std::vector<int64_t>* keys);
 
 // Where the levels cut: distinct threshold keys, increasing. A key below values[i] and above
 // values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels:
@@ -67,7 +78,7 @@ class CutTable {
  public:
   explicit CutTable(Cuts cuts);
   const Cuts& cuts() const { return cuts_; }
-  bool any_straddled() const { return any_straddled_; }
+  bool any_straddled() const { return !straddled_.empty(); }
 
   // Adds the number of elements equal to each straddled value to `equal`, [values].
   void count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const;
@@ -80,16 +91,16 @@ class CutTable {
               int16_t* levels) const;
 
  private:
+  template <class T, class K, class Level, class Special>
+  void scan(const Source& source, int64_t begin, int64_t end, Level* levels, Special special) const;
   template <class Level>
   void assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                   Level* levels) const;
-  // The first cut whose value is not below the key, given the key's entry in the table.
-  size_t cut_at(uint64_t key, int16_t entry) const;
 
   Cuts cuts_;
   int shift_;
-  bool any_straddled_;
-  std::vector<int16_t> table_;  // the level, or -1 - (first cut) where cuts lie within the bin
+  std::vector<uint64_t> straddled_;  // values
+  std::vector<int16_t> table_;       // the level, or -1 - (first cut) where cuts lie within the bin
 };
 
 }  // namespace confprune
