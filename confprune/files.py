@@ -89,7 +89,7 @@ class Draft:
         """Write bytes at a place of the file."""
         rest = memoryview(data).cast("B")
         while rest:
-            count = os.pwrite(self._descriptor, rest, offset)
+            count = os.pwrite(self._descriptor, rest[:_WRITE], offset)
             rest, offset = rest[count:], offset + count
 
     def flush(self) -> None:
@@ -120,6 +120,7 @@ class Draft:
             self._name.unlink(missing_ok=True)
 
 
+_WRITE = 1 << 18  # bytes at a time: ext4 takes three times as long for a million
 _DESCRIPTORS = "/proc/self/fd"
 
 

@@ -150,9 +150,7 @@ def _interpolate(
     low = np.full(len(inside.prefixes), width, dtype=np.int64)
     high = np.zeros(len(inside.prefixes), dtype=np.int64)
     np.minimum.at(low, row, np.maximum(0, (inside.rank - margin) * scale).astype(np.int64))
-    np.maximum.at(
-        high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64)
-    )
+    np.maximum.at(high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64))
     sizes = np.zeros(len(inside.prefixes))
     sizes[row] = inside.size
     limit = max(_COLLECT, total // 32)

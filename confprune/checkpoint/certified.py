@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from confprune.certificate.fingerprint import difference, fingerprint_entry
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
-from confprune.checkpoint.reading import block_buffer, same_bytes, tensor_blocks
+from confprune.checkpoint.reading import ahead, same_bytes, tensor_blocks
 from confprune.checkpoint.source import Checkpoint
 
 if TYPE_CHECKING:
@@ -58,5 +58,5 @@ def tied_copies(
 
 def _entry(tensor: StoredTensor) -> dict[str, object]:
     dtype = PRUNABLE_DTYPES.get(tensor.dtype, tensor.dtype)
-    blocks = tensor_blocks(tensor, block_buffer(tensor.nbytes))
-    return fingerprint_entry(tensor.shape, dtype, (block.data for block in blocks))
+    blocks = tensor_blocks(tensor)
+    return fingerprint_entry(tensor.shape, dtype, (block.data for block in ahead(blocks)))

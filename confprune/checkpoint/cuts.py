@@ -12,23 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
-from confprune.checkpoint.reading import Bytes, block_buffer, tensor_blocks
+from confprune.checkpoint.reading import Buffers, ahead
+from confprune.checkpoint.scores import KEY_INTEGER, scored_blocks
 from confprune.criteria import Criterion, magnitude
 from confprune.selection import Cuts, key_type
 
 Progress = Callable[[int], object]
 
-KEY_INTEGER = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-_DIGIT = 18  # bits: as many counters as stay in the caches
+_BLOCK = 1 << 24  # bytes, beside which the counters of a histogram cost little
+_DIGIT = 17  # bits: the counters that weights meet stay in a first-level cache
 
 
 def find_cuts(
@@ -87,21 +82,6 @@ def reads(tensors: Sequence[StoredTensor], counts: Sequence[int], criterion: Cri
     return sum(1 for _ in _digits(_key_bits(_key_type(tensors, criterion)), len(counts)))
 
 
-def scored_blocks(
-    tensor: StoredTensor, criterion: Criterion, buffer: Bytes
-) -> Iterator[tuple[Bytes, Tensor]]:
-    """The bytes of a tensor, a block at a time, and their scores."""
-    dtype = PRUNABLE_DTYPES[tensor.dtype]
-    if criterion is magnitude:
-        for block in tensor_blocks(tensor, buffer):
-            yield block, torch.from_numpy(block).view(dtype)
-        return
-    # Any other score may depend on the whole tensor.
-    for whole in tensor_blocks(tensor, np.empty(tensor.nbytes, dtype=np.uint8)):
-        weight = torch.from_numpy(whole).view(dtype).view(tensor.shape)
-        yield whole, criterion(weight).reshape(-1)
-
-
 def _count(
     tensors: Sequence[StoredTensor],
     criterion: Criterion,
@@ -114,20 +94,23 @@ def _count(
     """Counts of one digit below each prefix, [prefixes, 2^digit_bits]."""
     wanted = torch.from_numpy(prefixes)
     histogram = torch.zeros(max(1, len(prefixes)), 1 << digit_bits, dtype=torch.int64)
-    infinity = int(torch.tensor(torch.inf, dtype=key).view(KEY_INTEGER[key])) >> shift
-    buffer = block_buffer()
-    for tensor in tensors:
-        for block, scores in scored_blocks(tensor, criterion, buffer):
-            torch.ops.confprune.magnitude_histogram(
-                scores, key, wanted, shift, digit_bits, histogram
+    infinity = int(torch.tensor(torch.inf, dtype=key).view(KEY_INTEGER[key.itemsize])) >> shift
+    buffers = Buffers()
+    blocks = (
+        (tensor, block)
+        for tensor in tensors
+        for block in scored_blocks(tensor, criterion, _BLOCK, buffers)
+    )
+    for tensor, block in ahead(blocks):
+        scores = torch.from_numpy(block.scores).view(block.dtype)
+        torch.ops.confprune.magnitude_histogram(scores, key, wanted, shift, digit_bits, histogram)
+        # Infinity, or NaN, whose keys stand above it; later reads find none.
+        if not len(prefixes) and histogram[0, infinity:].any() and scores.isnan().any():
+            raise ValueError(
+                f"tensor {tensor.name!r} in {tensor.path} holds NaN, which has no magnitude; "
+                "repair the weights, or leave the tensor out with exclude"
             )
-            # Infinity, or NaN, whose keys stand above it; later reads find none.
-            if not len(prefixes) and histogram[0, infinity:].any() and scores.isnan().any():
-                raise ValueError(
-                    f"tensor {tensor.name!r} in {tensor.path} holds NaN, which has no magnitude; "
-                    "repair the weights, or leave the tensor out with exclude"
-                )
-            progress(len(block))
+        progress(block.weights.nbytes)
     return histogram.numpy()
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from confprune.checkpoint.cuts import KEY_INTEGER
+from confprune.checkpoint.reading import Buffers
+from confprune.checkpoint.scores import KEY_INTEGER, Bits, ScoredBlock
 from confprune.selection import Cuts
-
-_WINDOW = 1 << 18  # elements at a time, so that all steps find them in the caches
-
-Bits = NDArray[Any]
-"""Floats as the signed integers of their size."""
 
 
 class Masks:
-    """The masks that cuts make, one a level; called with all blocks of all tensors, in order."""
+    """The masks that cuts make, one a level; to be called with all blocks in order."""
 
     def __init__(self, cuts: Cuts) -> None:
         self._levels = [
@@ -31,17 +25,11 @@ class Masks:
             )
         ]
 
-    def masked(self, weights: NDArray[np.uint8], scores: Tensor) -> Iterator[tuple[int, int, Bits]]:
-        """Yield (level, first byte, bytes) for pieces of the block, zero where it is pruned."""
-        keys = scores.contiguous().view(KEY_INTEGER[scores.dtype]).numpy()
-        itemsize = len(weights) // max(1, len(keys))
-        values = weights.view(f"i{itemsize}")
-        for start in range(0, len(values), _WINDOW):
-            window = slice(start, start + _WINDOW)
-            magnitudes = keys[window] & np.iinfo(keys.dtype).max
-            for j, level in enumerate(self._levels):
-                pruned = level.masked(values[window], magnitudes, scores.dtype)
-                yield j, start * itemsize, pruned
+    def masked(self, block: ScoredBlock, buffers: Buffers) -> Iterator[Bits]:
+        """The weights of a block at each level, zero where they are pruned, in the buffers."""
+        for level in self._levels:
+            out = buffers.take(block.scores.nbytes).view(block.scores.dtype)
+            yield level.masked(block, out)
 
 
 class _Level:
@@ -52,24 +40,30 @@ class _Level:
         self._ties = ties
         self._whole = whole
 
-    def masked(self, values: Bits, magnitudes: Bits, dtype: torch.dtype) -> Bits:
-        last, exact = _last_key(self._threshold, dtype)
-        straddled = exact and not self._whole
-        if straddled and self._ties == 0:
-            last, straddled = last - 1, False
+    def masked(self, block: ScoredBlock, out: Bits) -> Bits:
+        last, exact = _last_key(self._threshold, block.dtype)
+        keys = np.bitwise_and(block.scores, np.iinfo(out.dtype).max, out=out)
+        late = None
+        if exact and not self._whole:
+            if self._ties:
+                late = self._late_ties(keys == last)
+            else:
+                last -= 1
         # All ones where the key is larger: a product would make NaN of infinity, and keep -0.
-        keep = (last - magnitudes) >> (8 * magnitudes.itemsize - 1)
-        result: Bits = values & keep.astype(values.dtype, copy=False)
-        if straddled:
-            self._keep_late_ties(values, magnitudes == last, result)
-        return result
+        np.subtract(last, keys, out=out)
+        np.right_shift(out, 8 * out.itemsize - 1, out=out)
+        pruned = out.astype(block.weights.dtype, copy=False)
+        np.bitwise_and(block.weights, pruned, out=pruned)
+        if late is not None:
+            pruned[late] = block.weights[late]
+        return pruned
 
-    def _keep_late_ties(self, values: Bits, equal: NDArray[np.bool_], result: Bits) -> None:
+    def _late_ties(self, equal: NDArray[np.bool_]) -> NDArray[np.intp] | None:
+        """Where the weights equal to the threshold come too late to be pruned."""
         count = int(np.count_nonzero(equal))
-        if count > self._ties:
-            late = np.flatnonzero(equal)[self._ties :]
-            result[late] = values[late]
+        late = np.flatnonzero(equal)[self._ties :] if count > self._ties else None
         self._ties -= min(count, self._ties)
+        return late
 
 
 @cache
@@ -79,5 +73,5 @@ def _last_key(threshold: float, dtype: torch.dtype) -> tuple[int, bool]:
         return -1, False
     value = torch.tensor(threshold, dtype=torch.float64)
     nearest = value.to(dtype)
-    key = int(nearest.view(KEY_INTEGER[dtype]))
+    key = int(nearest.view(KEY_INTEGER[dtype.itemsize]))
     return key - int(nearest > value), bool(nearest == value)

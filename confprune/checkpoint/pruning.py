@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 
 from confprune.checkpoint.certified import certified_tensors, tied_copies
 from confprune.checkpoint.choice import choose, pruned_tensors
-from confprune.checkpoint.cuts import Progress, find_cuts, reads, scored_blocks
+from confprune.checkpoint.cuts import Progress, find_cuts, reads
 from confprune.checkpoint.layout import StoredTensor
 from confprune.checkpoint.masking import Masks
 from confprune.checkpoint.metadata import certified_record, plain_record
 from confprune.checkpoint.output import Output, check_space, output_paths
-from confprune.checkpoint.reading import block_buffer, file_blocks
+from confprune.checkpoint.reading import BLOCK, Buffers, Bytes, ahead, file_blocks
+from confprune.checkpoint.scores import scored_blocks
 from confprune.checkpoint.source import Checkpoint, open_checkpoint
 from confprune.criteria import Criterion, resolve_criterion
 from confprune.levels import SCOPES, check_sparsities
@@ -132,6 +133,8 @@ def prune(
     """
     if (sparsity is None) == (certificate is None):
         raise ValueError("give either sparsity or certificate")
+    if certificate is not None and (include or exclude):
+        raise ValueError("include and exclude go with sparsity: a certificate has its own")
     checkpoint = open_checkpoint(source)
     if certificate is not None:
         task = _certified_task(checkpoint, certificate)
@@ -251,12 +254,18 @@ def _copy_kept(
             for tensor in layout.tensors
             if (layout.path, tensor.name) not in pruned
         ]
-    buffer = block_buffer()
+    for file, start, block in ahead(_blocks(ranges)):
+        for output in outputs:
+            output.write(file, start, block.data)
+            progress(len(block))
+
+
+def _blocks(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[tuple[Path, int, Bytes]]:
+    """The bytes of parts of files, and where they lie."""
+    buffers = Buffers()
     for file, start, end in ranges:
-        for block in file_blocks(file, start, end, buffer):
-            for output in outputs:
-                output.write(file, start, block.data)
-                progress(len(block))
+        for block in file_blocks(file, start, end, BLOCK, buffers):
+            yield file, start, block
             start += len(block)
 
 
@@ -268,13 +277,22 @@ def _write_pruned(
     progress: Progress,
 ) -> None:
     """Write the pruned tensors, in the order of ties."""
-    buffer = block_buffer()
+    for output, place, start, data in ahead(_pruned_blocks(task, masks, score, outputs)):
+        output.write(place.path, start, data)
+        progress(data.nbytes)
+
+
+def _pruned_blocks(
+    task: _Task, masks: Sequence[Masks], score: Criterion, outputs: Sequence[Output]
+) -> Iterator[tuple[Output, StoredTensor, int, memoryview]]:
+    """What goes where in place of the pruned tensors."""
+    read, pruned_buffers = Buffers(), Buffers()
     for group, mask in zip(task.groups, masks, strict=True):
         for tensor in group:
             offset = 0
-            for block, scores in scored_blocks(tensor, score, buffer):
-                for level, first, data in mask.masked(block, scores):
+            for block in scored_blocks(tensor, score, BLOCK, read):
+                levels = mask.masked(block, pruned_buffers)
+                for output, pruned in zip(outputs, levels, strict=True):
                     for place in task.places(tensor):
-                        outputs[level].write(place.path, place.start + offset + first, data.data)
-                        progress(data.nbytes)
-                offset += len(block)
+                        yield output, place, place.start + offset, pruned.data
+                offset += block.weights.nbytes

@@ -1,46 +1,67 @@
-"""Read tensors of files a block at a time: no more is ever in memory.
+"""Read files a block at a time, so that no more than a few blocks are ever in memory.
 
-Blocks are read into one buffer and not mapped: mapped pages count as resident memory, cost a fault
-each, and a file that shrinks, or a disk that fails, would end the process without a word.
+Blocks are read into buffers and not mapped: mapped pages count as resident memory, and where a file
+shrinks or a disk fails, a mapping ends the process without a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confprune.checkpoint.layout import StoredTensor
 
-BLOCK = 1 << 24
-"""Bytes: many enough that the counters of a histogram cost little beside them."""
+BLOCK = 1 << 21
+"""Bytes of a block where nothing asks for more or less: it stays in the caches."""
 _FIRST_LOOK = 1 << 12
 
 Bytes = NDArray[np.uint8]
+Item = TypeVar("Item")
 
 
-def tensor_blocks(tensor: StoredTensor, buffer: Bytes) -> Iterator[Bytes]:
-    """The bytes of a tensor, in pieces as large as the buffer, which holds one at a time.
+class Buffers:
+    """Two buffers in turn: what one holds is good until the next but one is taken."""
+
+    def __init__(self) -> None:
+        self._this = self._other = np.empty(0, dtype=np.uint8)
+
+    def take(self, nbytes: int) -> Bytes:
+        """A buffer of this size."""
+        self._this, self._other = self._other, self._this
+        if len(self._this) < nbytes:
+            self._this = np.empty(nbytes, dtype=np.uint8)
+        return self._this[:nbytes]
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def file_blocks(
+    path: Path, start: int, end: int, size: int = BLOCK, buffers: Buffers | None = None
+) -> Iterator[Bytes]:
+    """Bytes `start` to `end` of a file, at most `size` at a time, good as `Buffers` says.
 
     Raises
     ------
-    OSError
-        If the file ends before the tensor does, naming both.
+    EOFError
+        If the file ends before.
     """
-    try:
-        yield from file_blocks(tensor.path, tensor.start, tensor.end, buffer)
-    except EOFError as error:
-        raise OSError(f"{error} (within tensor {tensor.name!r})") from error
-
-
-def file_blocks(path: Path, start: int, end: int, buffer: Bytes) -> Iterator[Bytes]:
-    """Bytes `start` to `end` of a file, in pieces as large as the buffer, which holds one."""
+    buffers = buffers or Buffers()
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while start < end:
-            block = buffer[: end - start]
+            block = buffers.take(min(size, end - start))
             filled = 0
             while filled < len(block):
                 count = file.readinto(block.data[filled:])
@@ -49,6 +70,22 @@ def file_blocks(path: Path, start: int, end: int, buffer: Bytes) -> Iterator[Byt
                 filled += count
             yield block
             start += len(block)
+
+
+def tensor_blocks(
+    tensor: StoredTensor, size: int = BLOCK, buffers: Buffers | None = None
+) -> Iterator[Bytes]:
+    """The bytes of a tensor, at most `size` at a time, good as `Buffers` says.
+
+    Raises
+    ------
+    OSError
+        If the file ends before the tensor does, naming both.
+    """
+    try:
+        yield from file_blocks(tensor.path, tensor.start, tensor.end, size, buffers)
+    except EOFError as error:
+        raise OSError(f"tensor {tensor.name!r} cannot be read: {error}") from error
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
@@ -60,13 +97,5 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _same_start(a: StoredTensor, b: StoredTensor, size: int) -> bool:
-    left, right = (
-        file_blocks(tensor.path, tensor.start, tensor.start + size, block_buffer(size))
-        for tensor in (a, b)
-    )
+    left, right = (file_blocks(t.path, t.start, t.start + size) for t in (a, b))
     return all(np.array_equal(x, y) for x, y in zip(left, right, strict=True))
-
-
-def block_buffer(size: int = BLOCK) -> Bytes:
-    """A buffer for blocks, no larger than what is to be read."""
-    return np.empty(min(size, BLOCK), dtype=np.uint8)
