@@ -90,9 +90,7 @@ VALUES = {
     scope=st.sampled_from(["global", "layer"]),
     seed=st.integers(0, 99),
 )
-def test_a_file_is_pruned_as_its_tensors_in_memory(
-    folder, shapes, values, sparsities, scope, seed
-):
+def test_a_file_is_pruned_as_its_tensors_in_memory(folder, shapes, values, sparsities, scope, seed):
     torch.manual_seed(seed)
     tensors = {}
     for number, (rows, columns, dtype) in enumerate(shapes):
