@@ -288,7 +288,7 @@ def test_a_failed_write_changes_nothing(file, tmp_path, monkeypatch, number, err
 def test_a_failed_write_leaves_no_folder(folder, tmp_path, monkeypatch):
     before = contents(tmp_path)
     fail_at_write(monkeypatch, 5, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write .*out: No space left"):
         prune(folder, tmp_path / "out")
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -319,7 +319,7 @@ def test_writes_that_take_a_part_are_continued(file, tmp_path, monkeypatch):
 
 def test_a_full_disk_is_noticed_before_the_work(file, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10))
-    with pytest.raises(OSError, match=r"GB are needed in .*, where 0.0 GB are free") as raised:
+    with pytest.raises(OSError, match=r"bytes are needed in .*, where 10 are free") as raised:
         prune(file, tmp_path / "pruned.safetensors")
     assert raised.value.errno == errno.ENOSPC
     assert (tmp_path / "pruned.safetensors").read_text() == "of last time"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from confprune.checkpoint.metadata import recorded
@@ -79,20 +79,23 @@ class Output:
         }
         files = [*self._heads, *checkpoint.rest]
         self._drafts = {file: stack.enter_context(Draft(self._target.parent)) for file in files}
-        for file, (head, _) in self._heads.items():
-            self._drafts[file].write(head, 0)
+        with self._named_errors():
+            for file, (head, _) in self._heads.items():
+                self._drafts[file].write(head, 0)
 
     def write(self, file: Path, offset: int, data: memoryview) -> None:
         """Write what takes the place of bytes of a file of the source."""
         if file in self._heads:
             head, data_start = self._heads[file]
             offset += len(head) - data_start
-        self._drafts[file].write(data, offset)
+        with self._named_errors():
+            self._drafts[file].write(data, offset)
 
     def flush(self) -> None:
         """Bring everything to the disk."""
-        for draft in self._drafts.values():
-            draft.flush()
+        with self._named_errors():
+            for draft in self._drafts.values():
+                draft.flush()
 
     def place(self) -> None:
         """Give it its name, at once."""
@@ -113,6 +116,15 @@ class Output:
             shutil.rmtree(temporary)
             raise
 
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the output: what is written to has no name yet."""
+        try:
+            yield
+        except OSError as error:
+            message = f"cannot write {self._target}: {error.strerror or error}"
+            raise OSError(error.errno, message) from error
+
 
 def check_space(checkpoint: Checkpoint, paths: Sequence[Path]) -> None:
     """Raise OSError if the disk is too full for all of them: better now than at the end."""
@@ -122,5 +134,5 @@ def check_space(checkpoint: Checkpoint, paths: Sequence[Path]) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"{needed / 1e9:.1f} GB are needed in {folder}, where {free / 1e9:.1f} GB are free",
+            f"{needed:,} bytes are needed in {folder}, where {free:,} are free",
         )
