@@ -22,7 +22,7 @@ from confprune.selection import Cuts, key_type
 
 Progress = Callable[[int], object]
 
-_BLOCK = 1 << 24  # bytes, beside which the counters of a histogram cost little
+_BLOCK = 1 << 25  # bytes, beside which the counters of a histogram cost little
 _DIGIT = 17  # bits: the counters that weights meet stay in a first-level cache
 
 

@@ -42,27 +42,25 @@ class _Level:
 
     def masked(self, block: ScoredBlock, out: Bits) -> Bits:
         last, exact = _last_key(self._threshold, block.dtype)
-        keys = np.bitwise_and(block.scores, np.iinfo(out.dtype).max, out=out)
-        late = None
-        if exact and not self._whole:
-            if self._ties:
-                late = self._late_ties(keys == last)
-            else:
-                last -= 1
+        straddled = exact and not self._whole
+        if straddled and self._ties == 0:
+            last, straddled = last - 1, False
+        np.bitwise_and(block.scores, np.iinfo(out.dtype).max, out=out)
+        distance = np.subtract(last, out, out=out)
+        late = self._late_ties(distance) if straddled else None
         # All ones where the key is larger: a product would make NaN of infinity, and keep -0.
-        np.subtract(last, keys, out=out)
-        np.right_shift(out, 8 * out.itemsize - 1, out=out)
-        pruned = out.astype(block.weights.dtype, copy=False)
+        survives = np.right_shift(distance, 8 * out.itemsize - 1, out=out)
+        pruned = survives.astype(block.weights.dtype, copy=False)
         np.bitwise_and(block.weights, pruned, out=pruned)
         if late is not None:
             pruned[late] = block.weights[late]
         return pruned
 
-    def _late_ties(self, equal: NDArray[np.bool_]) -> NDArray[np.intp] | None:
-        """Where the weights equal to the threshold come too late to be pruned."""
-        count = int(np.count_nonzero(equal))
-        late = np.flatnonzero(equal)[self._ties :] if count > self._ties else None
-        self._ties -= min(count, self._ties)
+    def _late_ties(self, distance: Bits) -> NDArray[np.intp] | None:
+        """Where the weights at the threshold come too late to be pruned."""
+        equal = distance.size - int(np.count_nonzero(distance))
+        late = np.flatnonzero(distance == 0)[self._ties :] if equal > self._ties else None
+        self._ties -= min(equal, self._ties)
         return late
 
 
