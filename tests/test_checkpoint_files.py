@@ -240,11 +240,13 @@ def test_a_file_may_take_the_place_of_its_source(file, tmp_path):
     assert file.read_bytes() == (tmp_path / "pruned.safetensors").read_bytes()
 
 
-@pytest.fixture(params=["without a name", "with a temporary name"])
+@pytest.fixture(params=["without a name", "no /proc", "another system"])
 def kind_of_draft(request, monkeypatch):
-    if request.param == "with a temporary name":
+    """Files without a name, and the temporary names of systems that have none."""
+    if request.param == "no /proc":
         monkeypatch.setattr(files, "_DESCRIPTORS", "/nowhere")
-    return request.param
+    if request.param == "another system":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
 
 
 @pytest.mark.usefixtures("kind_of_draft")
