@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A stamp says that a step of the set-up is done, so that the next call goes straight to work.
 DONE := $(VENV)/confprune
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 # Reports why a step failed, after what the step itself printed, and stops.
 stop = { printf '\nconfprune: %s\n' "$(1)" >&2; exit 1; }
@@ -42,7 +42,7 @@ format: $(DONE)/lint
 	@$(BIN)/ruff format .
 	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(DONE)/test
+bench: $(DONE)/bench
 	@$(BIN)/python -m benchmarks
 
 clean:
@@ -88,7 +88,7 @@ $(DONE)/build: $(DONE)/torch setup.py pyproject.toml $(CSRC)
 	    || $(call stop,confprune could not be built and installed; the reason is above)
 	@touch $@
 
-$(DONE)/test $(DONE)/lint: $(DONE)/build
+$(DONE)/test $(DONE)/lint $(DONE)/bench: $(DONE)/build
 	@echo 'confprune: installing what $(@F) needs'
 	@$(PIP) install --quiet 'confprune[$(@F)]' \
 	    || $(call stop,what make $(@F) needs could not be installed; the reason is above)

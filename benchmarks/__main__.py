@@ -1,65 +1,93 @@
-"""Run a benchmark, or write the tables of all into README.md: ``python -m benchmarks``."""
+"""Run the benchmarks, all or by name, and write their tables: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from benchmarks import records
+import torch
+
+from benchmarks import comparisons, records
+from benchmarks.records import Row, Unavailable
 from confprune.files import written_whole
+from confprune.ops import instruction_set
 
-BENCHMARKS = ("validity", "power", "looks")
+STATISTICS = ("validity", "power", "looks")
+"""Measured by random draws, on several processes."""
+
+SPEED = ("selection", "matrix", "calibrate", "growth", "instructions")
+"""Measured with a clock, or by counting, in this process."""
+
+BENCHMARKS = (*STATISTICS, *SPEED)
+SUMMARIZED = ("selection", "matrix", "calibrate")
+"""Whose rows against peers are in the README of the repository."""
+
 FEWEST_DRAWS = 8
-README = Path(__file__).parent / "README.md"
+FOLDER = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; 1 if something that was asked for could not be run."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.benchmark is None:
-        print("benchmarks; run one with: python -m benchmarks NAME\n")
-        for name in BENCHMARKS:
-            print(f"  {name:10s} {_module(name).QUESTION}")
-        print("  tables     Write the tables of the stored results into README.md.")
-    elif options.benchmark == "tables":
-        _write_tables()
-    else:
-        _run(options.benchmark, options)
-    return 0
+    names = options.benchmarks or list(BENCHMARKS)
+    unknown = [name for name in names if name not in (*BENCHMARKS, "tables")]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+    if options.draws is not None and options.draws < FEWEST_DRAWS:
+        parser.error(f"--draws {options.draws} is too few to say anything; at least {FEWEST_DRAWS}")
+    skipped = [name for name in names if name != "tables" and not _run(name, options)]
+    if not options.quick:
+        write_tables()
+    return 1 if skipped else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmark", nargs="?", choices=[*BENCHMARKS, "tables"])
-    parser.add_argument("--quick", action="store_true", help="few draws; stored apart")
-    parser.add_argument("--draws", type=int, help="number of draws")
-    parser.add_argument("--seed", type=int, default=2026, help="seed of the random numbers")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Run benchmarks, all or those named; store and draw their results.",
+        epilog="\n".join(
+            [
+                "benchmarks:",
+                *(f"  {name:13s} {_module(name).QUESTION}" for name in BENCHMARKS),
+                "  tables        Only write the tables of the stored results into the READMEs.",
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="which; default: all")
+    parser.add_argument("--quick", action="store_true", help="small runs, stored apart")
     parser.add_argument("--plot", action="store_true", help="only draw the stored results again")
+    parser.add_argument("--seed", type=int, default=2026, help="seed of the random numbers")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch, for speed"
+    )
+    parser.add_argument("--draws", type=int, help="number of draws, for statistics")
+    parser.add_argument("--workers", type=int, default=2, help="processes, for statistics")
     return parser
 
 
-def _run(name: str, options: argparse.Namespace) -> None:
+def _run(name: str, options: argparse.Namespace) -> bool:
+    """Measure, store, print and draw one benchmark; False if it cannot be run here."""
     benchmark = _module(name)
+    print(f"\n{name}: {benchmark.QUESTION}")
     if not options.plot:
-        draws = options.draws or (benchmark.QUICK_DRAWS if options.quick else benchmark.DRAWS)
-        if draws < FEWEST_DRAWS:
-            raise SystemExit(f"--draws {draws} is too few to say anything; at least {FEWEST_DRAWS}")
         start = time.perf_counter()
-        rows = benchmark.measure(draws, options.seed, options.workers)
+        try:
+            rows, settings = _measured(name, benchmark, options)
+        except (Unavailable, ModuleNotFoundError) as error:
+            print(f"skipped: {error}")
+            return False
         path = records.save(
             name,
             rows,
-            settings={
-                **benchmark.settings(),
-                "draws": draws,
-                "seed": options.seed,
-                "workers": options.workers,
-            },
+            settings=settings,
             seconds=time.perf_counter() - start,
             quick=options.quick,
             peers=benchmark.PEERS,
@@ -67,29 +95,66 @@ def _run(name: str, options: argparse.Namespace) -> None:
         print(f"wrote {path}")
     record = records.load(name, quick=options.quick)
     if record is None:
-        raise SystemExit(f"there are no results of {name} yet; run: python -m benchmarks {name}")
-    print(benchmark.tables(record))
+        print(f"there are no results yet; run: python -m benchmarks {name}")
+        return False
+    print(f"\n{benchmark.tables(record)}\n\n{records.provenance(record)}")
     folder = records.QUICK if options.quick else records.RESULTS
     with written_whole(folder / f"{name}.png") as temporary:
         benchmark.plot(record).savefig(temporary, dpi=150)
     print(f"wrote {folder / name}.png")
+    return True
 
 
-def _write_tables() -> None:
-    """Replace what stands between the markers of each benchmark in README.md."""
-    text = README.read_text(encoding="utf-8")
-    for name in BENCHMARKS:
-        record = records.load(name)
-        if record is None:
-            continue
+def _measured(
+    name: str, benchmark: ModuleType, options: argparse.Namespace
+) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a benchmark, and what they were measured with."""
+    if name in STATISTICS:
+        draws = options.draws or (benchmark.QUICK_DRAWS if options.quick else benchmark.DRAWS)
+        rows = benchmark.measure(draws, options.seed, options.workers)
+        how: Mapping[str, Any] = {"draws": draws, "workers": options.workers}
+    else:
+        sizes = benchmark.QUICK if options.quick else benchmark.FULL
+        torch.set_num_threads(options.threads)
+        rows = benchmark.measure(sizes, options.seed)
+        how = {
+            "sizes": asdict(sizes),
+            "threads": options.threads,
+            "instruction_set": instruction_set(),
+        }
+    return rows, {**how, **benchmark.settings(), "seed": options.seed}
+
+
+def write_tables(folder: Path = FOLDER) -> None:
+    """Write the tables of all stored results into the README of the benchmarks, and a summary.
+
+    The summary goes into the README of the repository, one folder up.
+    """
+    stored = {name: records.load(name) for name in BENCHMARKS}
+    content = {
+        name: f"{_module(name).tables(record)}\n\n{records.provenance(record)}"
+        for name, record in stored.items()
+        if record is not None
+    }
+    _fill(folder / "README.md", content)
+    measured = [record for name in SUMMARIZED if (record := stored[name])]
+    if measured:
+        rows = [row for record in measured for row in record["rows"]]
+        short = f"{comparisons.summary(rows)}\n\n{records.place(measured[0])}"
+        _fill(folder.parent / "README.md", {"benchmarks": short})
+
+
+def _fill(path: Path, content: Mapping[str, str]) -> None:
+    """Replace what stands between the markers of each name in a file."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in content.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"README.md lacks the markers {begin} and {end}")
-        content = f"{_module(name).tables(record)}\n\n{records.provenance(record)}"
-        text = f"{before}{begin}\n\n{content}\n\n{end}{after}"
-    with written_whole(README) as temporary:
+            raise SystemExit(f"{path} lacks the markers {begin} and {end}")
+        text = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

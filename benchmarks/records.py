@@ -22,6 +22,10 @@ QUICK = RESULTS / "quick"
 Row = dict[str, Any]
 
 
+class Unavailable(Exception):
+    """Says what a measurement needs that is not here."""
+
+
 def save(
     name: str,
     rows: Sequence[Row],
@@ -57,7 +61,7 @@ def save(
         "seconds": round(seconds, 1),
         "settings": dict(settings),
         "machine": machine(),
-        "versions": versions(["numpy", "scipy", "confprune", *peers]),
+        "versions": versions(["numpy", "scipy", "torch", "confprune", *peers]),
         "rows": list(rows),
     }
     path = folder / f"{name}.json"
@@ -76,10 +80,11 @@ def load(name: str, *, quick: bool = False) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine: processor, cores this process may use, memory, system."""
+    """The machine: processor, cores this process may use, caches, memory, system."""
     return {
         "processor": _linux_field("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "caches": _caches(),
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -108,9 +113,24 @@ def provenance(record: Mapping[str, Any]) -> str:
     where, used = record["machine"], record["versions"]
     memory = f", {where['memory_gib']} GiB" if where["memory_gib"] else ""
     software = ", ".join(f"{name} {number}" for name, number in used.items())
+    settings = record["settings"]
+    threads = f" ({settings['threads']} threads)" if "threads" in settings else ""
+    built = f", {settings['instruction_set']}" if "instruction_set" in settings else ""
+    taken = record["seconds"]
     return (
-        f"`{record['command']}`, {record['date'][:10]}, {record['seconds'] / 60:.0f} min on "
-        f"{where['cores']} cores of {where['processor']}{memory}; {software}."
+        f"`{record['command']}`, {record['date'][:10]}, "
+        f"{f'{taken / 60:.0f} min' if taken >= 60 else f'{taken:.0f} s'} on "
+        f"{where['cores']} cores{threads} of {where['processor']}{built}{memory}; {software}."
+    )
+
+
+def place(record: Mapping[str, Any]) -> str:
+    """The same in short: the machine, and the torch."""
+    where, settings = record["machine"], record["settings"]
+    return (
+        f"Medians, on {where['cores']} cores of {where['processor']} "
+        f"({settings['instruction_set']}) with torch {record['versions']['torch']}, "
+        f"{record['date'][:10]}."
     )
 
 
@@ -119,6 +139,19 @@ def _compact(record: Mapping[str, Any]) -> str:
     head = {key: value for key, value in record.items() if key != "rows"}
     rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in record["rows"])
     return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def _caches() -> dict[str, str]:
+    """Sizes of the first core's caches, such as {"L1d": "32K", "L2": "1024K"}."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text().strip() for name in _CACHE_FIELDS)
+        suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
+        found[f"L{level}{suffix}"] = size
+    return found
+
+
+_CACHE_FIELDS = ("level", "type", "size")
 
 
 def _linux_field(path: str, name: str) -> str | None:

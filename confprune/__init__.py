@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 from confprune import checkpoint, criteria, losses, risk
 from confprune.calibration import calibrate, calibrate_losses, loss_matrix
 from confprune.certificate import Certificate, VerificationError
+from confprune.input_norms import input_norms
 from confprune.levels import PruneLevels, prune_levels
 from confprune.losses import Loss, Reference
 from confprune.risk.looks import LookPlan
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint",
     "confident",
     "criteria",
+    "input_norms",
     "loss_matrix",
     "losses",
     "prune_levels",

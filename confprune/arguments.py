@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import confprune
+from confprune.criteria import CRITERIA
 from confprune.losses import BUILT_IN
 from confprune.risk.pvalues import PVALUES
 
@@ -167,6 +168,11 @@ def _add_calibrate(commands: Any) -> None:
             metavar=name.strip("-").upper(),
             help=f"{text}; of several the best certified one is taken (default: {default})",
         )
+    command.add_argument(
+        "--score-data",
+        metavar="MODULE:FACTORY",
+        help="for a criterion that needs data: gives it (default: a part of --data, set aside)",
+    )
     _add_testing(
         command,
         "fixed_sequence, split_fixed_sequence, bonferroni, holm, or MODULE:FUNCTION for your own",
@@ -255,8 +261,18 @@ def _add_report(commands: Any) -> None:
 
 # Without a default for argparse, so that one that was given is told from one that was not.
 _PRUNING = (
-    ("--scope", "global", "what competes: global, all layers together, or layer, each alone"),
-    ("--criterion", "magnitude", "importance of a weight"),
+    (
+        "--scope",
+        "global; row for wanda",
+        "what competes: global, all layers together, or layer or row, each layer or output alone",
+    ),
+    (
+        "--criterion",
+        "magnitude",
+        f"importance of a weight: {', '.join(CRITERIA)}, with settings as in "
+        "'magnitude(min_per_layer=100)'",
+    ),
+    ("--pattern", "none", "what is pruned together: N:4, 4x4, rows, or none"),
 )
 
 

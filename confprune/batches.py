@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from confprune.losses import Reference
@@ -19,6 +20,8 @@ from confprune.losses import Reference
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 DEFAULT_BATCH_SIZE = 256
+_IN_MEMORY_EXAMPLES = 4096
+_IN_MEMORY_BYTES = 64 << 20
 _LABELS = ("labels", "label")
 
 
@@ -59,6 +62,23 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
         raise ValueError("data is empty: it gave no examples")
 
 
+def generous_batch_size(data: Any) -> int | None:
+    """A batch size for who takes batches apart again: large for tensors, None for other data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import generous_batch_size
+    >>> generous_batch_size(torch.zeros(10, 3)), generous_batch_size([torch.zeros(10, 3)])
+    (4096, None)
+    """
+    if not _is_whole(data):
+        return None
+    size = sum(leaf.nbytes for leaf in tree_iter(data) if isinstance(leaf, Tensor))
+    fit = _IN_MEMORY_BYTES * batch_length(data) // max(1, size)
+    return max(1, min(_IN_MEMORY_EXAMPLES, fit))
+
+
 def check_data(data: Any, batch_size: int | None) -> None:
     """Raise unless `data` can be streamed with this `batch_size`; reads nothing."""
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -71,12 +91,25 @@ def check_data(data: Any, batch_size: int | None) -> None:
             "data must be a Dataset, a DataLoader, a tuple of tensors or an iterable of batches, "
             f"got {type(data).__name__}"
         )
-    if batch_size is not None and not whole and not isinstance(data, Dataset):
+    if batch_size is not None and is_batched(data):
         raise ValueError(
             f"batch_size={batch_size} was given, but data comes in batches already; leave it out"
         )
     if example_count(data) == 0:
         raise ValueError("data is empty: it has no examples")
+
+
+def is_batched(data: Any) -> bool:
+    """Whether `data` comes in batches already, so that their size is not ours to choose.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import is_batched
+    >>> is_batched(torch.zeros(7, 3)), is_batched([torch.zeros(7, 3)])
+    (False, True)
+    """
+    return not _is_whole(data) and not isinstance(data, Dataset)
 
 
 def example_count(data: Any) -> int | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
+from confprune.criteria import CriterionLike, Statistics
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
@@ -26,6 +27,8 @@ from confprune.risk.looks import LookPlan
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
+from confprune.scoring import plan_scoring
+from confprune.ways import resolve_ways
 
 TestingProcedure: TypeAlias = Callable[..., np.ndarray]
 """Testing of K p-values at level delta: (pvalues [K], delta) -> bool [K]."""
@@ -179,9 +182,12 @@ def calibrate(
     groups: Groups | None = None,
     accept: Accept | None = None,
     sparsities: Sequence[float] | np.ndarray | Tensor | None = None,
-    scope: str | Sequence[str] = "global",
-    criterion: str | Sequence[str] = "magnitude",
+    scope: str | Sequence[str] | None = None,
+    criterion: CriterionLike | Sequence[CriterionLike] = "magnitude",
+    pattern: str | Sequence[str | None] | None = None,
     parameters: ParameterFilter | None = None,
+    score_data: Any = None,
+    statistics: Statistics | None = None,
     pvalue: str = "auto",
     procedure: str | TestingProcedure = "fixed_sequence",
     looks: LookPlan | str | None = "auto",
@@ -218,14 +224,23 @@ def calibrate(
         expected loss given acceptance.
     sparsities : [K], optional
         Strictly increasing, in [0, 1); default 0, 0.01, ..., 0.99.
-    scope : {"global", "layer"}, or several
-        Whether the weights of all layers compete, or those of each layer alone.
-    criterion : str, or several
-        How weights are scored; see `confprune.criteria`. With several scopes or criteria a fifth of
-        the data orders all candidates and the rest tests along that order; the best certified
-        candidate is returned.
+    scope : {"global", "layer", "row"}, or several
+        Whether the weights of all layers compete, those of each layer alone, or those of each
+        output. Default: the criterion's own, "global" for all but "wanda".
+    criterion : str, function of `confprune.criteria`, or several
+        How weights are scored; see `confprune.criteria`.
+    pattern : str or None, or several
+        What is pruned together: "N:4", "4x4", "rows"; see `confprune.patterns`. With several
+        criteria, scopes or patterns a fifth of the data orders all candidates and the rest tests
+        along that order; the best certified candidate is returned.
     parameters : names, or predicate (name, parameter) -> bool, optional
         Default: the weights of linear layers and convolutions.
+    score_data : data, optional
+        For criteria whose scores are made from data, such as "wanda": examples that are not in
+        `data`. Default: a tenth of `data`, at most 256 examples, is set aside for that and does not
+        calibrate.
+    statistics : mapping, optional
+        What criteria need that is not made from data: ``{"deviation": observer.deviations()}``.
     pvalue, procedure : str
         As for `calibrate_losses`; "auto" goes by what the loss says of its values, and is "betting"
         where these are not 0 or 1 and there are early looks.
@@ -283,6 +298,9 @@ def calibrate(
     """
     resolved = resolve_risks(loss, alpha, risks, pvalue)
     grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
+    check_data(data, batch_size)
+    ways = resolve_ways(criterion, scope, pattern)
+    scoring = plan_scoring([way.criterion for way in ways], data, score_data, statistics)
     question = Question(
         risks=resolved,
         delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
@@ -294,30 +312,17 @@ def calibrate(
         order=order,
         guarantee=guarantee,
         seed=seed,
+        score_data=scoring.record,
     )
-    check_data(data, batch_size)
-    criteria = [criterion] if isinstance(criterion, str) else list(criterion)
-    scopes = [scope] if isinstance(scope, str) else list(scope)
-    for name, several in (("criterion", criteria), ("scope", scopes)):
-        if not several or len(set(several)) < len(several):
-            raise ValueError(f"{name} must name at least one, each once, got {several}")
-    question.check(data, len(criteria) * len(scopes))
-    ways = [
-        prune_levels(model, grid, scope=one_scope, criterion=one_criterion, parameters=parameters)
-        for one_criterion in criteria
-        for one_scope in scopes
-    ]
+    question.check(data, len(ways))
     where = model if device is None else _on_device(model, device)
-    return certify(
-        question,
-        where,
-        data,
-        ways,
-        forward=forward,
-        batch_size=batch_size,
-        activation_bytes=activation_bytes,
-        progress=progress,
-    )
+    reading: dict[str, Any] = {"forward": forward, "batch_size": batch_size, "progress": progress}
+    found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
+    levels = [
+        prune_levels(model, grid, parameters=parameters, statistics=found, **way._asdict())
+        for way in ways
+    ]
+    return certify(question, where, data, levels, activation_bytes=activation_bytes, **reading)
 
 
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:

@@ -11,20 +11,18 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from confprune.batches import (
     Forward,
     batches,
     example_count,
-    order_length,
     ordering_size,
     permutable,
     random_order,
 )
 from confprune.certificate import Certificate
-from confprune.certificate.evidence import Looks, Part, Pruning, binding_part
+from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData, binding_part
 from confprune.certificate.fingerprint import fingerprint
 from confprune.evaluation import Evaluation, Findings, early_test, evaluate_all, fixed_test
 from confprune.grid import GridForward
@@ -57,8 +55,10 @@ def certify(
         for levels in ways
     ]
     losses = [risk.loss for risk in question.risks]
-    order = random_order(data, question.seed) if permutable(data) else None
-    names = _group_names(question, data, batch_size)
+    order = None
+    if permutable(data):
+        order = random_order(data, question.seed)[question.scored :]
+    names = _group_names(question, data, batch_size, order)
     candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
     run = _Run(question, model, data, grids, losses, names, order, batch_size, progress)
@@ -127,7 +127,7 @@ class _Run:
         sparsities = [ways[g].sparsities[j] for g, j in candidates]
         alphas = [risk.alpha for risk in self.question.risks]
         front = pareto_order(list(evidence.losses), alphas, sparsities)
-        tried = ", ".join(f"{levels.criterion} ({levels.scope})" for levels in ways)
+        tried = ", ".join(_name(levels) for levels in ways)
         note = (
             f"the order of testing was learned on {size:,} other examples, among {tried}; the "
             f"{len(front)} candidates on the Pareto front were tested"
@@ -197,7 +197,7 @@ class _Run:
             pvalues=unknown,
             bounds=tuple(found.bounds),
             rejected=tuple(j <= last for j in range(len(levels))),
-            pruning=pruning_of(self.model, levels),
+            pruning=pruning_of(self.model, levels, question.score_data),
             seed=question.seed,
             versions=versions(),
             guarantee=question.guarantee,
@@ -269,7 +269,7 @@ class _Run:
             pvalues=spread(result.pvalues),
             bounds=binding.bounds,
             rejected=rejected,
-            pruning=pruning_of(self.model, levels),
+            pruning=pruning_of(self.model, levels, question.score_data),
             seed=question.seed,
             versions=versions(),
             parts=parts if len(parts) > 1 else (),
@@ -279,7 +279,9 @@ class _Run:
         )
 
 
-def pruning_of(model: nn.Module, levels: PruneLevels) -> Pruning:
+def pruning_of(
+    model: nn.Module, levels: PruneLevels, score_data: ScoreData | None = None
+) -> Pruning:
     """How these levels prune this model, with the fingerprint of its weights."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return Pruning(
@@ -288,7 +290,18 @@ def pruning_of(model: nn.Module, levels: PruneLevels) -> Pruning:
         parameters=tuple(levels.levels),
         fingerprint=fingerprint({name: parameters[name] for name in levels.levels}),
         total=levels.total,
+        pattern=levels.pattern,
+        inputs_first=dict(levels.inputs_first),
+        statistics={name: fingerprint(values) for name, values in levels.statistics.items()},
+        score_data=score_data,
+        kept=levels.statistics,
     )
+
+
+def _name(levels: PruneLevels) -> str:
+    """What tells one way of pruning from another."""
+    with_pattern = "" if levels.pattern is None else f", {levels.pattern}"
+    return f"{levels.criterion} ({levels.scope}{with_pattern})"
 
 
 def versions() -> dict[str, str]:
@@ -296,11 +309,12 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("confprune", "torch", "numpy")}
 
 
-def _group_names(question: Question, data: Any, batch_size: int | None) -> list[str] | None:
+def _group_names(
+    question: Question, data: Any, batch_size: int | None, order: Tensor | None
+) -> list[str] | None:
     """The groups there are, read from the data beforehand; None where it can be read only once."""
     if question.groups is None or isinstance(data, Iterator):
         return None
-    order = torch.arange(order_length(data)) if permutable(data) else None
     every = (group_labels(batch, question.groups) for batch in batches(data, batch_size, order))
     return question.check_groups(itertools.chain.from_iterable(every))
 

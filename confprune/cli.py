@@ -132,8 +132,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         groups=None if options.groups is None else _own("--groups", options.groups),
         accept=_accept(options),
         sparsities=options.sparsities,
-        scope=options.scope or "global",
+        scope=options.scope,
         criterion=options.criterion or "magnitude",
+        pattern=options.pattern and [None if p == "none" else p for p in options.pattern],
+        score_data=options.score_data and _made("--score-data", options.score_data),
         pvalue=options.pvalue,
         procedure=_own("--procedure", options.procedure),
         looks="auto" if options.looks == "auto" else None,
@@ -189,14 +191,15 @@ def _prune(options: argparse.Namespace) -> int:
             options.source,
             options.out,
             sparsity=options.sparsity,
-            scope=options.scope or "global",
+            scope=options.scope,
             criterion=options.criterion or "magnitude",
+            pattern=None if options.pattern == "none" else options.pattern,
             include=options.include,
             exclude=options.exclude,
             progress=not options.quiet,
         )
     else:
-        for name in ("scope", "criterion", "include", "exclude", "dry_run"):
+        for name in ("scope", "criterion", "pattern", "include", "exclude", "dry_run"):
             if getattr(options, name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} goes with --sparsity: a certificate has its own")

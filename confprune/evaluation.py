@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from confprune.batches import batch_length, batches, example_count, move_batch, slice_batch
+from confprune.batches import (
+    batch_length,
+    batches,
+    check_data,
+    example_count,
+    generous_batch_size,
+    move_batch,
+    slice_batch,
+)
 from confprune.grid import GridForward, evaluation_mode
 from confprune.losses import Loss
 from confprune.risk.bounds import upper_bound, upper_bound_from_sums
@@ -88,6 +96,7 @@ class Evaluation:
         self._groups = groups
         self._seen = 0
         self._order: Tensor | None = None
+        self._bar = tqdm(disable=True)
         self.selective = accept is not None
 
     def __len__(self) -> int:
@@ -99,12 +108,14 @@ class Evaluation:
     ) -> Iterator[Iterator[Any]]:
         """The batches of `data` on the model's device; within, the model is in evaluation mode."""
         self._order = order
+        check_data(data, batch_size)
+        if batch_size is None:
+            batch_size = generous_batch_size(data)  # the grids take batches apart
         # No generator may hold the mode: an exception would leave it to the garbage collector.
         with (
             evaluation_mode(self._model),
-            closing(
-                moved_batches(self._model, data, batch_size, progress, "calibrate", order=order)
-            ) as stream,
+            progress_bar(data, order, progress, "calibrate") as self._bar,
+            closing(moved_batches(self._model, data, batch_size, order)) as stream,
         ):
             yield stream
 
@@ -120,12 +131,14 @@ class Evaluation:
         measures = len(self.losses) + (self._accept is not None)
         values = torch.empty(measures, size, len(active), dtype=torch.float32)
         grid_of, level_of = self._candidates[active].T
-        for g in np.unique(grid_of):
+        grids = np.unique(grid_of)
+        for g in grids:
             columns = np.flatnonzero(grid_of == g)
             columns = columns[np.argsort(level_of[columns])]
             levels = level_of[columns].tolist()
             grid = self._grids[g]
-            part = grid.evaluate(batch, levels)
+            last = g == grids[-1]
+            part = grid.evaluate(batch, levels, done=self._bar.update if last else None)
             for loss, matrix in zip(self.losses, part, strict=False):
                 self._check_values(matrix, loss, levels, grid.levels.sparsities)
             values[:, :, columns] = part
@@ -320,21 +333,16 @@ def _bounds_at_looks(
     return np.where(rejected, np.minimum(bounds, target.risk.alpha), bounds)
 
 
-def moved_batches(
-    model: nn.Module,
-    data: Any,
-    batch_size: int | None,
-    progress: bool,
-    title: str,
-    *,
-    order: Tensor | None = None,
-) -> Generator[Any, None, None]:
-    """Batches on the model's device, with a progress bar that counts examples."""
-    device = next(model.parameters()).device
+def progress_bar(data: Any, order: Tensor | None, progress: bool, title: str) -> tqdm[Any]:
+    """A bar that counts examples; silent without `progress`."""
     total = example_count(data) if order is None else len(order)
-    with tqdm(total=total, desc=title, unit="example", disable=not progress) as bar:
-        for batch in batches(data, batch_size, order):
-            try:
-                yield move_batch(batch, device)
-            finally:  # also of the batch after which nothing more is asked for
-                bar.update(batch_length(batch))
+    return tqdm(total=total, desc=title, unit="example", disable=not progress)
+
+
+def moved_batches(
+    model: nn.Module, data: Any, batch_size: int | None, order: Tensor | None = None
+) -> Generator[Any, None, None]:
+    """Batches on the model's device."""
+    device = next(model.parameters()).device
+    for batch in batches(data, batch_size, order):
+        yield move_batch(batch, device)

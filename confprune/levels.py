@@ -6,18 +6,18 @@ import copy
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.criteria import resolve_criterion
+from confprune.competition import check_scope, compete
+from confprune.criteria import CriterionLike, Scores, Statistics, resolve_criterion
+from confprune.layout import inputs_first as find_inputs_first
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
-from confprune.selection import assign, select
-
-SCOPES = ("global", "layer")
+from confprune.patterns import resolve_pattern
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,10 +32,16 @@ class PruneLevels:
     counts : [K] int64 tensor
         Number of weights pruned at each level.
     thresholds : [K] float64 tensor, or [K, P] for scope "layer" and P parameters
-        The largest pruned score; -inf where none is pruned.
+        The largest pruned score; -inf where none is pruned. [K, 0] where less than a layer
+        competes, and each row or block has a threshold of its own.
     levels : dict from name to tensor
         The prune levels, in the shape of the parameter: uint8 for K <= 255, else int16.
     scope, criterion : str
+    pattern : str or None
+    statistics : mapping
+        What the criterion needed beside the weights.
+    inputs_first : mapping
+        The parameters whose inputs come first, with their groups; see `confprune.layout`.
     """
 
     sparsities: tuple[float, ...]
@@ -44,6 +50,9 @@ class PruneLevels:
     levels: dict[str, Tensor]
     scope: str
     criterion: str
+    pattern: str | None = None
+    statistics: Statistics = field(default_factory=dict)
+    inputs_first: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sparsities)
@@ -53,7 +62,9 @@ class PruneLevels:
         return (
             f"PruneLevels({len(self)} sparsities from {low:g} to {high:g}, {self.total:,} weights "
             f"in {len(self.levels)} parameters, scope={self.scope!r}, "
-            f"criterion={self.criterion!r})"
+            f"criterion={self.criterion!r}"
+            + ("" if self.pattern is None else f", pattern={self.pattern!r}")
+            + ")"
         )
 
     @property
@@ -124,9 +135,11 @@ def prune_levels(
     model: nn.Module,
     sparsities: Sequence[float] | np.ndarray | Tensor,
     *,
-    scope: str = "global",
-    criterion: str = "magnitude",
+    scope: str | None = None,
+    criterion: CriterionLike = "magnitude",
+    pattern: str | None = None,
     parameters: ParameterFilter | None = None,
+    statistics: Statistics | None = None,
 ) -> PruneLevels:
     """The prune level of every weight for a grid of sparsities.
 
@@ -137,13 +150,20 @@ def prune_levels(
     ----------
     model : torch.nn.Module
     sparsities : [K]
-        Strictly increasing, in [0, 1).
-    scope : {"global", "layer"}
-        Whether all parameters compete, or each alone.
-    criterion : str
-        How weights are scored; see `confprune.criteria`.
+        Strictly increasing, in [0, 1). With a pattern the nearest ones that it can reach are taken,
+        each once.
+    scope : {"global", "layer", "row"}, optional
+        Whether all parameters compete, each alone, or the weights of each output alone. Default:
+        the criterion's own, "global" but for "wanda", whose is "row".
+    criterion : str, or function of `confprune.criteria`
+        How weights are scored, with its settings; see `confprune.criteria`.
+    pattern : str, optional
+        What is pruned together: "N:4", "4x4", "rows"; see `confprune.patterns`. Default: single
+        weights.
     parameters : names, or predicate (name, parameter) -> bool, optional
         Default: the weights of linear layers and of convolutions of any dimension.
+    statistics : mapping, optional
+        What the criterion needs beside the weights: ``{"input_norm": {name: tensor}}``.
 
     Returns
     -------
@@ -152,7 +172,8 @@ def prune_levels(
     Raises
     ------
     ValueError, TypeError
-        For a bad grid, unknown names, nothing to prune, or NaN weights.
+        For a bad grid, unknown names, nothing to prune, NaN weights, or missing statistics; for
+        sparsities that would take weights that the criterion spares.
 
     Examples
     --------
@@ -165,11 +186,15 @@ def prune_levels(
     >>> levels.prune(model, 2).weight.tolist()
     [[3.0, 0.0, 0.0, -4.0]]
     """
+    prunable = detached(prunable_parameters(model, parameters))
     return levels_of(
-        detached(prunable_parameters(model, parameters)),
+        prunable,
         sparsities,
         scope=scope,
         criterion=criterion,
+        pattern=pattern,
+        statistics=statistics,
+        inputs_first=find_inputs_first(model, prunable),
     )
 
 
@@ -177,8 +202,11 @@ def levels_of(
     tensors: Mapping[str, Tensor],
     sparsities: Sequence[float] | np.ndarray | Tensor,
     *,
-    scope: str = "global",
-    criterion: str = "magnitude",
+    scope: str | None = None,
+    criterion: CriterionLike = "magnitude",
+    pattern: str | None = None,
+    statistics: Statistics | None = None,
+    inputs_first: Mapping[str, int] | None = None,
 ) -> PruneLevels:
     """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
 
@@ -190,27 +218,21 @@ def levels_of(
     [False, True]
     """
     grid = check_sparsities(sparsities)
-    if scope not in SCOPES:
-        raise ValueError(f"scope {scope!r} is unknown; choose from {list(SCOPES)}")
-    score = resolve_criterion(criterion)
-    scores = {name: score(tensor).cpu() for name, tensor in tensors.items()}
-    groups = [scores] if scope == "global" else [{n: s} for n, s in scores.items()]
-    levels: dict[str, Tensor] = {}
-    counts = np.zeros(len(grid), dtype=np.int64)
-    thresholds = []
-    for group in groups:
-        size = sum(tensor.numel() for tensor in group.values())
-        cuts = select(group, [round(s * size) for s in grid])
-        levels.update(assign(group, cuts))
-        counts += cuts.counts
-        thresholds.append(cuts.thresholds)
+    chosen, structure = resolve_criterion(criterion), resolve_pattern(pattern)
+    scope = check_scope(scope, chosen, structure)
+    layout = dict(inputs_first or {})
+    given = statistics or {}
+    outcome = compete(Scores(tensors, chosen, given), grid, scope, structure, layout)
     return PruneLevels(
-        sparsities=grid,
-        counts=torch.from_numpy(counts),
-        thresholds=thresholds[0] if scope == "global" else torch.stack(thresholds, dim=1),
-        levels={name: levels[name].to(tensor.device) for name, tensor in tensors.items()},
+        sparsities=outcome.sparsities,
+        counts=outcome.counts,
+        thresholds=outcome.thresholds,
+        levels={name: outcome.levels[name].to(tensor.device) for name, tensor in tensors.items()},
         scope=scope,
-        criterion=criterion,
+        criterion=str(chosen),
+        pattern=pattern,
+        statistics={need: given[need] for need in chosen.needs if need in given},
+        inputs_first=layout,
     )
 
 

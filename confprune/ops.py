@@ -10,7 +10,8 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
-``level [K]``, and return ``[K, N, ...]``. Under ``torch.vmap`` over the level each call with one
+``level [K]``, and return ``[K, N, ...]``; by output they multiply with `scale`, add `bias`, and end
+with a ReLU where that is asked for. Under ``torch.vmap`` over the level each call with one
 level becomes one call with all.
 """
 
@@ -89,7 +90,7 @@ def _(
         weight.new_empty(alive, dtype=compute),
         weight.new_empty(alive, dtype=torch.int16),
         weight.new_empty(cells + 1, dtype=torch.int64),
-        weight.new_empty(cells, num_levels, dtype=torch.int16),
+        weight.new_empty(num_levels, cells, dtype=torch.int16),
     )
 
 
@@ -102,6 +103,8 @@ def _(
     outputs: int,
     block: int,
     batch_minor: bool,
+    scale: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     if batch_minor:
         return x.new_empty(level.shape[0], outputs, x.shape[1]).transpose(1, 2)
@@ -121,6 +124,8 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    scale: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     geometry = zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
     positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]

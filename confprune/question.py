@@ -13,6 +13,7 @@ from confprune.batches import (
     ordering_size,
     permutable,
 )
+from confprune.certificate.evidence import ScoreData
 from confprune.losses import Loss
 from confprune.risk.bounds import required_n
 from confprune.risk.inputs import check_probability
@@ -27,7 +28,10 @@ ORDERS = ("random", "given")
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be certified, and how. The fields are the arguments of `confprune.calibrate`."""
+    """What is to be certified, and how. The fields are the arguments of `confprune.calibrate`.
+
+    But for `score_data`: what the certificate says of the data that scores are made from.
+    """
 
     risks: tuple[Risk, ...]
     delta: float
@@ -39,6 +43,12 @@ class Question:
     order: str
     guarantee: str
     seed: int
+    score_data: ScoreData | None = None
+
+    @property
+    def scored(self) -> int:
+        """Examples taken off the data for scores: the first so many in the random order."""
+        return 0 if self.score_data is None else self.score_data.taken
 
     @property
     def alpha(self) -> float:
@@ -72,7 +82,7 @@ class Question:
         if isinstance(self.looks, LookPlan):
             self._check_plan(self.looks, data, ways)
         self._check_order(data, targets, ways)
-        count = _count(data)
+        count = self._count(data)
         if count is not None:
             self.check_enough(count)
 
@@ -109,9 +119,14 @@ class Question:
                 f"looks were planned for delta={plan.delta:g}, but delta={self.delta:g}; plan them "
                 "for the same"
             )
-        count = _count(data)
+        count = self._count(data)
         if count is not None:
             plan.check_n(count - (ordering_size(count) if ways > 1 else 0))
+
+    def _count(self, data: Any) -> int | None:
+        """The number of examples that calibrate, where it is known."""
+        count = order_length(data) if permutable(data) else example_count(data)
+        return None if count is None else count - self.scored
 
     def _check_order(self, data: Any, targets: Sequence[Target], ways: int) -> None:
         """Refuse to take the order of the data for random unless the caller says so."""
@@ -169,7 +184,3 @@ def needs_more(procedure: Procedure) -> str:
         f"functools.partial(confprune.risk.testing.{procedure.name}, "
         f"{', '.join(f'{name}=...' for name in procedure.needs)})"
     )
-
-
-def _count(data: Any) -> int | None:
-    return order_length(data) if permutable(data) else example_count(data)

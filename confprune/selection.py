@@ -68,7 +68,9 @@ def key_type(scores: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in types else torch.float32
 
 
-def select(scores: Mapping[str, Tensor], counts: Sequence[int]) -> Cuts:
+def select(
+    scores: Mapping[str, Tensor], counts: Sequence[int], key: torch.dtype | None = None
+) -> Cuts:
     """The cuts that prune the `counts[j]` smallest scores at each level j, all tensors competing.
 
     Parameters
@@ -77,6 +79,8 @@ def select(scores: Mapping[str, Tensor], counts: Sequence[int]) -> Cuts:
         CPU tensors of any shape and strides; their absolute values count.
     counts : [K]
         Non-decreasing, each at most the number of scores.
+    key : torch.dtype, optional
+        What `key_type` says of the scores, where that is known without reading them.
 
     Raises
     ------
@@ -91,9 +95,9 @@ def select(scores: Mapping[str, Tensor], counts: Sequence[int]) -> Cuts:
     >>> cuts.thresholds.tolist(), cuts.ties.tolist()
     ([-inf, 2.0], [0, 1])
     """
-    key = key_type(scores)
-    total = sum(tensor.numel() for tensor in scores.values())
+    key = key or key_type(scores)
     rank = np.asarray(counts, dtype=np.int64)  # the cut is the rank-th smallest key, from 1
+    total = int(rank.max(initial=0))  # to count all scores could mean to make them
     cutting = np.flatnonzero(rank > 0)
     below = np.zeros(len(rank), dtype=np.int64)  # keys smaller than every key with this prefix
     equal = np.zeros(len(rank), dtype=np.int64)  # keys with this prefix

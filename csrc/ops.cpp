@@ -195,10 +195,22 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   int64_t* rank = ranks.data_ptr<int64_t>();
   std::copy(rank, rank + cuts_size, equal.begin());
   if (table.any_straddled()) {
-    // Ties are broken by position, so each part must know how many stand before it.
+    // Ties are broken by position, so each part must know how many stand before it: all threads
+    // count together in the parts that have one behind them.
+    const int64_t step = (size + threads - 1) / threads;
+    std::mutex adding;
     if (threads > 1)
-      parts(size, [&](int64_t part, int64_t begin, int64_t end) {
-        table.count_equal(source, begin, end, equal.data() + (part + 1) * cuts_size);
+      parts(std::min(size, step * (threads - 1)), [&](int64_t, int64_t begin, int64_t end) {
+        std::vector<int64_t> own(cuts_size);
+        for (int64_t at = begin; at < end;) {
+          const int64_t part = at / step, stop = std::min(end, (part + 1) * step);
+          std::fill(own.begin(), own.end(), 0);
+          table.count_equal(source, at, stop, own.data());
+          const std::lock_guard<std::mutex> lock(adding);
+          for (int64_t cut = 0; cut < cuts_size; ++cut)
+            equal[(part + 1) * cuts_size + cut] += own[cut];
+          at = stop;
+        }
       });
     for (int64_t part = 1; part <= threads; ++part)
       for (int64_t cut = 0; cut < cuts_size; ++cut)
@@ -248,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   const int64_t cells = m.rows * blocks;
   const auto long_options = weight.options().dtype(at::kLong);
   Tensor starts = at::zeros({cells + 1}, long_options);
-  Tensor counts = at::empty({cells, num_levels}, weight.options().dtype(at::kShort));
+  Tensor counts = at::empty({num_levels, cells}, weight.options().dtype(at::kShort));
   int64_t* start = starts.data_ptr<int64_t>();
   const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, m.row_size));
   std::atomic<int64_t> wrong{0};
@@ -276,8 +288,21 @@ bool contiguous(at::TensorList tensors) {
                      [](const Tensor& t) { return t.is_contiguous(); });
 }
 
-void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
-                   at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
+void check_per_output(const std::optional<Tensor>& values, const char* argument, int64_t outputs) {
+  if (values.has_value())
+    TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == outputs, argument, " has shape ",
+                      values->sizes(), " for ", outputs, " outputs");
+}
+
+// What follows the product of a layer: y = max(floor, scale * product + shift).
+struct Follow {
+  std::optional<Tensor> scale;
+  std::optional<Tensor> shift;
+  bool relu;
+};
+
+void check_product(const Tensor& x, const Follow& follow, const Tensor& level, at::TensorList rows,
+                   int64_t outputs, int64_t row_size, int64_t block) {
   const at::ScalarType compute = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   int64_data(level, "level");
   TORCH_CHECK_VALUE(x.size(0) == 1 || x.size(0) == level.numel(), "x has ", x.size(0),
@@ -289,30 +314,30 @@ void check_product(const Tensor& x, const std::optional<Tensor>& bias, const Ten
                         rows[1].scalar_type() == at::kShort && rows[2].scalar_type() == at::kLong &&
                         rows[3].scalar_type() == at::kShort &&
                         rows[2].numel() == outputs * blocks + 1 && rows[3].dim() == 2 &&
-                        rows[3].size(0) == outputs * blocks && rows[0].numel() == rows[1].numel() &&
+                        rows[3].size(1) == outputs * blocks && rows[0].numel() == rows[1].numel() &&
                         contiguous(rows) &&
                         rows[2].const_data_ptr<int64_t>()[outputs * blocks] == rows[0].numel(),
                     "rows were not made by prefix_rows with block ", block, " from a ", compute,
                     " matrix of shape [", outputs, ", ", row_size, "]");
-  const int64_t num_levels = rows[3].size(1);
+  const int64_t num_levels = rows[3].size(0);
   const int64_t* wanted = level.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < level.numel(); ++k) {
     TORCH_CHECK_VALUE(wanted[k] >= 0 && wanted[k] < num_levels, "level ", wanted[k],
                       " is not on the grid of ", num_levels);
     TORCH_CHECK_VALUE(k == 0 || wanted[k] > wanted[k - 1], "level must be strictly increasing");
   }
-  if (bias.has_value())
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs, "bias has shape ",
-                      bias->sizes(), " for ", outputs, " outputs");
+  check_per_output(follow.scale, "scale", outputs);
+  check_per_output(follow.shift, "bias", outputs);
 }
 
-void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>& bias,
-              const Tensor& level, at::TensorList rows, int64_t outputs, int64_t row_size,
-              int64_t block) {
+void multiply(GridProduct& product, const Tensor& x, const Follow& follow, const Tensor& level,
+              at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
   if (x.numel() == 0 || outputs == 0 || level.numel() == 0)
     return;
-  const Tensor own_bias =
-      bias.has_value() ? bias->to(rows[0].scalar_type()).contiguous() : Tensor();
+  const auto per_output = [&](const std::optional<Tensor>& values) {
+    return values.has_value() ? values->to(rows[0].scalar_type()).contiguous() : Tensor();
+  };
+  const Tensor scale = per_output(follow.scale), shift = per_output(follow.shift);
   product.rows = {rows[0].const_data_ptr(),
                   rows[1].const_data_ptr<int16_t>(),
                   rows[2].const_data_ptr<int64_t>(),
@@ -321,11 +346,16 @@ void multiply(GridProduct& product, const Tensor& x, const std::optional<Tensor>
                   row_size,
                   block,
                   (row_size + block - 1) / block,
-                  rows[3].size(1)};
-  product.bias = bias.has_value() ? own_bias.const_data_ptr() : nullptr;
+                  rows[3].size(0)};
+  product.scale = scale.defined() ? scale.const_data_ptr() : nullptr;
+  product.shift = shift.defined() ? shift.const_data_ptr() : nullptr;
+  product.relu = follow.relu;
   product.levels = level.const_data_ptr<int64_t>();
   product.num_levels = level.numel();
-  product.shared = x.size(0) == 1;
+  // Rows in blocks would be walked once a block and level, so nothing is gained by sharing.
+  product.shared = x.size(0) == 1 && product.rows.blocks == 1;
+  if (x.size(0) == 1)
+    product.x.level_stride = 0;
   product.wide = x.scalar_type() == at::kDouble;
   std::atomic<bool> finite{true};
   product.finite = &finite;
@@ -360,9 +390,11 @@ Activation activation_of(const Tensor& tensor, int spatial) {
 }
 
 Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
-                   at::TensorList rows, int64_t outputs, int64_t block, bool batch_minor) {
+                   at::TensorList rows, int64_t outputs, int64_t block, bool batch_minor,
+                   const std::optional<Tensor>& scale, bool relu) {
+  const Follow follow{scale, bias, relu};
   TORCH_CHECK_VALUE(x.dim() == 3, "grid_linear takes x [1 or K, N, in], got ", x.sizes());
-  check_product(x, bias, level, rows, outputs, x.size(2), block);
+  check_product(x, follow, level, rows, outputs, x.size(2), block);
   const int64_t K = level.numel(), N = x.size(1);
   Tensor y = batch_minor ? at::empty({K, outputs, N}, x.options()).transpose(1, 2)
                          : at::empty({K, N, outputs}, x.options());
@@ -372,14 +404,15 @@ Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Ten
   product.x = activation_of(x, 0);
   product.y = activation_of(y, 0);
   product.batch = N;
-  multiply(product, x, bias, level, rows, outputs, x.size(2), block);
+  multiply(product, x, follow, level, rows, outputs, x.size(2), block);
   return y;
 }
 
 Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
                  at::TensorList rows, int64_t outputs, int64_t block, at::IntArrayRef kernel,
                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                 int64_t groups) {
+                 int64_t groups, const std::optional<Tensor>& scale, bool relu) {
+  const Follow follow{scale, bias, relu};
   const int spatial = int(kernel.size());
   TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kSpatial && x.dim() == spatial + 3,
                     "grid_conv takes x [1 or K, N, channels, positions...] and as many kernel "
@@ -415,13 +448,13 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
     if (s >= 0)
       shape.push_back(c.output[d]);
   }
-  check_product(x, bias, level, rows, outputs, row_size, block);
+  check_product(x, follow, level, rows, outputs, row_size, block);
   // Batch last in memory: the next grid product, and what stands between, then never transpose.
   shape.push_back(product.batch);
   Tensor y = at::empty(shape, x.options()).movedim(-1, 1);
   product.x = activation_of(x, spatial);
   product.y = activation_of(y, spatial);
-  multiply(product, x, bias, level, rows, outputs, row_size, block);
+  multiply(product, x, follow, level, rows, outputs, row_size, block);
   return y;
 }
 
@@ -444,10 +477,11 @@ TORCH_LIBRARY(confprune, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "grid_linear(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
-      "bool batch_minor) -> Tensor");
+      "bool batch_minor, Tensor? scale=None, bool relu=False) -> Tensor");
   m.def(
       "grid_conv(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
-      "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+      "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+      "Tensor? scale=None, bool relu=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(confprune, CPU, m) {

@@ -199,7 +199,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "accuracy"}, "unknown loss 'accuracy': use 'disagreement', 'error'"),
     "pvalue": ({"pvalue": "exact"}, "pvalue .*'exact'.*hoeffding"),
     "procedure": ({"procedure": "sidak"}, "procedure .*'sidak'.*fixed_sequence"),
-    "scope": ({"scope": "block"}, r"scope 'block' is unknown; choose from \['global', 'layer'\]"),
+    "scope": (
+        {"scope": "block"},
+        r"scope 'block' is unknown; choose from \['global', 'layer', 'row'\]",
+    ),
     "criterion": ({"criterion": "size"}, "criterion 'size' is unknown; choose from .*magnitude"),
     "unsorted": ({"sparsities": [0.5, 0.2]}, "strictly increasing, got 0.2 after 0.5; sort"),
     "duplicate": ({"sparsities": [0.5, 0.5]}, "strictly increasing, got 0.5 after 0.5"),

@@ -121,6 +121,93 @@ def largest_tensor(model: nn.Module, data: Tensor, **settings: Any) -> int:
     return largest.bytes
 
 
+class Functions(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def followed(way: str) -> nn.Module:
+    """A network whose layers are followed by steps that can be taken together with them, or not."""
+
+    class Followed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 6, 3, padding=1)
+            self.norm = nn.BatchNorm2d(6)
+            self.linear = nn.Linear(6 * 16, 5)
+            self.calls = 0
+            for values in (self.norm.running_mean, self.norm.weight, self.norm.bias):
+                nn.init.normal_(values)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y = self.conv(x)
+            z = self.norm(y)
+            if way == "alone":
+                y = F.relu(z)
+            elif way == "method":
+                y = z.relu()
+            elif way == "in place":
+                y = F.relu(z, inplace=True)
+            elif way == "in place, both":
+                y = F.relu(z, inplace=True) + z
+            elif way == "norm used twice":
+                y = F.relu(z) + z
+            elif way == "convolution used twice":
+                y = F.relu(z) + y
+            elif way == "relu twice":
+                y = F.relu(F.relu(z))
+            elif way == "relu before":
+                y = self.norm(F.relu(y))
+            elif way == "training":
+                y = F.relu(F.batch_norm(y, None, None, training=True))
+            elif way == "shape is asked":
+                y = F.relu(z.reshape(z.shape))
+            elif way == "changes":
+                y = F.relu(z) if self.calls < 3 else torch.clamp(z, min=0)
+            elif way == "returned":
+                return torch.cat([self.linear(z.flatten(1)), z.flatten(1)], 1)
+            return F.relu(self.linear(y.flatten(1)))
+
+    return Followed()
+
+
+@pytest.mark.parametrize("way", ["alone", "method", "in place"])
+def test_normalisation_and_relu_are_done_together_with_their_layer(way):
+    model = followed(way).eval()
+    levels = prune_levels(model, GRID)
+    forward = GridForward(model, levels, [DISTANCE])
+    x = torch.randn(4, 1, 4, 4)
+    forward.evaluate(x, [0, 1])  # with its checks
+    with Functions() as seen:
+        forward._grid_outputs(x, [0, 1])
+    assert "grid_conv" in seen.names
+    assert not {"relu", "relu_", "clamp_min"} & set(seen.names)
+    assert seen.names.count("mul") == 1  # the layer's own bias times the scale
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("alone", "method", "in place", "in place, both", "norm used twice", "returned"),
+        *("convolution used twice", "relu twice", "relu before", "shape is asked"),
+    ],
+)
+def test_what_follows_a_layer_is_as_the_model_says(way):
+    check(followed(way), [torch.randn(20, 1, 4, 4)])
+
+
+def test_a_model_that_changes_what_follows_a_layer_is_evaluated_level_by_level():
+    check(followed("changes"), [torch.randn(9, 1, 4, 4)], fallback="changed from one call")
+
+
 def test_a_grid_never_holds_copies_of_the_weights():
     model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 10))
     weights = 4 * 300 * 400

@@ -124,7 +124,19 @@ def paddings(mode: str, padding: Any) -> nn.Module:
     )
 
 
+def pooling(*options: Any, **more: Any) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d(*options, **more), nn.Conv2d(5, 4, 1)
+    )
+
+
 VISION = {
+    "pooling": lambda: pooling(2),
+    "overlapping pooling": lambda: pooling(3, 2, 1),
+    "uneven pooling": lambda: pooling((2, 3), stride=(3, 1), padding=(1, 0)),
+    "pooling up to the border": lambda: pooling(2, ceil_mode=True),
+    "dilated pooling": lambda: pooling(2, dilation=2),
+    "wide pooling": lambda: pooling(5),
     "residual": residual_network,
     "depthwise": depthwise_network,
     "autoencoder": autoencoder,

@@ -247,6 +247,55 @@ class TestProducts:
         tensors, geometry = conv_case((6, 5), 3, 4, padding=1, bias=False)
         check_conv(tensors, geometry, block=block)
 
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("batch", [1, 5, 16, 35])
+    @pytest.mark.parametrize(
+        ("positions", "padding"), [((13, 11), 1), ((10, 12), 2), ((14, 45), 0), ((10, 10), 1)]
+    )
+    def test_a_convolution_by_minimal_filtering(self, positions, padding, batch, shared):
+        tensors, geometry = conv_case(
+            positions, 17, 19, padding=padding, batch=batch, shared=shared
+        )
+        check_conv(tensors, geometry)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_minimal_filtering_of_every_floating_type(self, dtype):
+        tensors, geometry = conv_case((11, 12), 16, 24, padding=1, dtype=dtype)
+        check_conv(tensors, geometry)
+
+    def test_minimal_filtering_loses_no_precision(self):
+        tensors, geometry = conv_case((12, 12), 64, 64, padding=1, batch=2, random=True)
+        y = run_conv(*tensors, **geometry)
+        expected = slow_conv(*tensors, **geometry)
+        assert (y - expected).abs().max() < 1e-6 * expected.abs().max()
+
+    @pytest.mark.parametrize("batch_minor", [False, True])
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_a_linear_layer_with_what_follows(self, scaled, relu, shared, batch_minor):
+        x, bias, level, weight, levels = case = linear_case(batch=33, shared=shared)
+        scale = integers(21) if scaled else None
+        rows = prefix_rows(weight, levels, 7, 16)
+        y = grid_linear(x, bias, level, rows, 21, 16, batch_minor, scale, relu)
+        expected = slow_linear(x, None, *case[2:]) * (scale if scaled else 1) + bias
+        assert torch.equal(y, expected.relu() if relu else expected)
+
+    @pytest.mark.parametrize("channels", [3, 18])
+    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_a_convolution_with_what_follows(self, scaled, relu, channels):
+        case, geometry = conv_case((10, 11), channels, channels, padding=1, batch=17)
+        x, bias, level, weight, levels = case
+        scale = integers(channels) if scaled else None
+        rows = prefix_rows(weight.flatten(1), levels.flatten(1), 7, 16)
+        settings = [geometry[name] for name in ("stride", "padding", "dilation", "groups")]
+        y = grid_conv(x, bias, level, rows, channels, 16, [3, 3], *settings, scale, relu)
+        expected = slow_conv(x, None, *case[2:], **geometry)
+        expected = expected * (scale if scaled else torch.ones(channels))[:, None, None]
+        expected = expected + bias[:, None, None]
+        assert torch.equal(y, expected.relu() if relu else expected)
+
     @given(data=st.data(), dimensions=st.integers(1, 3), groups=st.integers(1, 3))
     @settings(max_examples=80)
     def test_a_convolution_of_any_geometry(self, data, dimensions, groups):
@@ -440,14 +489,14 @@ def test_prefix_rows_hold_every_masked_matrix(num_levels, block):
     levels = random_levels(weight.shape, num_levels)
     values, columns, starts, counts = prefix_rows(weight, levels, num_levels, block)
     blocks = -(-30 // block)
-    assert counts.shape == (13 * blocks, num_levels)
+    assert counts.shape == (num_levels, 13 * blocks)
     assert len(values) == len(columns) == starts[-1] == (levels > 0).sum()
     for j in {0, num_levels // 2, num_levels - 1}:
         dense = torch.zeros(13, 30)
         for cell in range(13 * blocks):
-            row, first = cell // blocks, cell % blocks * block
+            row, first = cell % 13, cell // 13 * block
             begin = int(starts[cell])
-            alive = slice(begin, begin + int(counts[cell, j]))
+            alive = slice(begin, begin + int(counts[j, cell]))
             dense[row, first + columns[alive].long()] = values[alive]
         assert torch.equal(dense, torch.where(levels > j, weight, 0))
 

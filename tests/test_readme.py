@@ -61,6 +61,11 @@ def test_every_pvalue_is_in_the_table():
     assert rows("p-values, testing and guarantees") == {*pvalues.PVALUES, "auto"}
 
 
+def test_every_criterion_is_shown():
+    text = README.read_text()
+    assert all(f'`"{name}' in text for name in confprune.criteria.CRITERIA)
+
+
 def test_picture_is_there():
     for name in re.findall(r"!\[.*?\]\((.*?)\)", README.read_text()):
         assert (README.parent / name).is_file()

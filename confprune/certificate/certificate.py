@@ -26,6 +26,7 @@ from confprune.certificate.evidence import (
 from confprune.certificate.fingerprint import difference, fingerprint
 from confprune.certificate.report import report
 from confprune.certificate.verification import VerificationError, verify
+from confprune.criteria import Statistics
 from confprune.levels import prune_levels
 from confprune.losses import LossLike
 from confprune.risks import Accept, Groups
@@ -217,7 +218,13 @@ class Certificate:
         ...     confprune.Certificate.load(f"{folder}/certificate.json") == certificate
         True
         """
-        certificate_file.write(path, dataclasses.asdict(self), self._outcome())
+        plain = self
+        if self.pruning is not None:  # the statistics themselves stay in memory
+            plain = dataclasses.replace(self, pruning=dataclasses.replace(self.pruning, kept={}))
+        fields = dataclasses.asdict(plain)
+        if self.pruning is not None:
+            del fields["pruning"]["kept"]
+        certificate_file.write(path, fields, self._outcome())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
@@ -251,13 +258,25 @@ class Certificate:
             raise ValueError(f"{os.fspath(path)} is not a certificate: {problem}") from problem
         return certificate
 
-    def prune(self, model: nn.Module) -> nn.Module:
+    @property
+    def statistics(self) -> Statistics:
+        """What the scores were made from beside the weights; empty once read from a file.
+
+        To be stored, with `torch.save`, for a `prune` in another process: a certificate's file
+        holds their fingerprint only.
+        """
+        return {} if self.pruning is None else self.pruning.kept
+
+    def prune(self, model: nn.Module, *, statistics: Statistics | None = None) -> nn.Module:
         """Prune a copy of the network to the certified sparsity.
 
         Parameters
         ----------
         model : Module
             The network that was calibrated; it is left as it is.
+        statistics : mapping, optional
+            `statistics` of the certificate that `calibrate` returned, if this one was read from a
+            file and its criterion needs them.
 
         Returns
         -------
@@ -267,8 +286,9 @@ class Certificate:
         Raises
         ------
         ValueError
-            If the prunable weights are not those of the certificate (the difference is named),
-            or the certificate was made from a bare loss matrix and does not know how to prune.
+            If the prunable weights, or the statistics, are not those of the certificate (the
+            difference is named), or the certificate was made from a bare loss matrix and does not
+            know how to prune.
         """
         self._check_same_weights(model, "prune")
         if not self.certified:
@@ -276,7 +296,7 @@ class Certificate:
                 "nothing was certified: the network is returned as an unpruned copy", stacklevel=2
             )
             return copy.deepcopy(model)
-        return self._pruned(model, self.sparsity)
+        return self._pruned(model, self.sparsity, statistics)
 
     def verify(
         self,
@@ -288,6 +308,7 @@ class Certificate:
         accept: Accept | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         batch_size: int | None = None,
+        statistics: Statistics | None = None,
         progress: bool = True,
     ) -> float:
         """Prune, run the plain masked network through the calibration data, compare the risks.
@@ -306,6 +327,8 @@ class Certificate:
             As given to `confprune.calibrate`.
         batch_size : int, optional
             Examples per batch.
+        statistics : mapping, optional
+            As for `prune`.
         progress : bool
             Whether to show progress.
 
@@ -328,7 +351,7 @@ class Certificate:
         return verify(
             self,
             model,
-            lambda level: self._pruned(model, self.sparsities[level]),
+            lambda level: self._pruned(model, self.sparsities[level], statistics),
             data,
             loss=loss,
             groups=groups,
@@ -361,16 +384,37 @@ class Certificate:
             )
         return self.pruning
 
-    def _pruned(self, model: nn.Module, sparsity: float) -> nn.Module:
+    def _pruned(
+        self, model: nn.Module, sparsity: float, statistics: Statistics | None
+    ) -> nn.Module:
         pruning = self._pruning_for("prune")
         levels = prune_levels(
             model,
             [sparsity],
             scope=pruning.scope,
             criterion=pruning.criterion,
+            pattern=pruning.pattern,
             parameters=list(pruning.parameters),
+            statistics=self._known(statistics),
         )
         return levels.prune(model, 0)
+
+    def _known(self, statistics: Statistics | None) -> Statistics:
+        """The statistics that the certificate was made with, given again or still in memory."""
+        pruning = self._pruning_for("prune")
+        if statistics is None:
+            if pruning.statistics and not pruning.kept:
+                raise ValueError(
+                    f"criterion {pruning.criterion!r} was certified with statistics "
+                    f"({', '.join(pruning.statistics)}), which a certificate's file does not hold: "
+                    "pass statistics=, stored from certificate.statistics after the calibration"
+                )
+            return pruning.kept
+        for name, expected in pruning.statistics.items():
+            differs = difference(expected, fingerprint(statistics.get(name, {})))
+            if differs is not None:
+                raise ValueError(f"the certificate rests on another statistic {name!r}: {differs}")
+        return statistics
 
     def _check_same_weights(self, model: nn.Module, verb: str) -> None:
         pruning = self._pruning_for(verb)

@@ -4,11 +4,46 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 ORDERS = ("permuted", "given")
+SCORE_SOURCES = ("split", "given")
+
+
+@dataclass(frozen=True)
+class ScoreData:
+    """The data that scores were made from, none of which calibrated.
+
+    Where several criteria were candidates, those of another than the certified one, perhaps.
+
+    Attributes
+    ----------
+    source : {"split", "given"}
+        Taken off the calibration data, the first examples in the order of the certificate's seed;
+        or a set of its own.
+    examples : int or None
+        How many; None where a given set did not say.
+    """
+
+    source: str
+    examples: int | None
+
+    def __post_init__(self) -> None:
+        if self.source not in SCORE_SOURCES:
+            raise ValueError(
+                f"score_data: source is {self.source!r}, not one of {list(SCORE_SOURCES)}"
+            )
+        if self.examples is None and self.source == "split":
+            raise ValueError("score_data: a split has a number of examples")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"score_data: examples is {self.examples}, fewer than one")
+
+    @property
+    def taken(self) -> int:
+        """Examples taken off the calibration data."""
+        return (self.examples or 0) if self.source == "split" else 0
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,16 @@ class Pruning:
         `confprune.certificate.fingerprint.fingerprint` of these parameters before pruning.
     total : int
         Number of prunable weights.
+    pattern : str or None
+        What is pruned together; None for single weights.
+    inputs_first : dict of str to int
+        Parameters whose inputs come first, with their groups.
+    statistics : dict
+        Fingerprints of what the criterion needed beside the weights, by statistic.
+    score_data : ScoreData or None
+        The data that statistics were measured on; with several criteria perhaps another's.
+    kept : mapping
+        The statistics themselves, as long as the certificate is in memory; not in its file.
     """
 
     scope: str
@@ -34,6 +79,11 @@ class Pruning:
     parameters: tuple[str, ...]
     fingerprint: dict[str, dict[str, Any]]
     total: int
+    pattern: str | None = None
+    inputs_first: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    score_data: ScoreData | None = None
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))

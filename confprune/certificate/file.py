@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from confprune.certificate.evidence import Looks, Part, Pruning
+from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData
 from confprune.files import written_whole
 
 SCHEMA = "confprune-certificate/1"
@@ -168,8 +168,24 @@ def _pruning(value: Any) -> Any:
         "parameters": _list_of(_text),
         "fingerprint": _map_of(_fingerprint_entry),
         "total": _integer,
+        "pattern": _or_null(_text),
+        "inputs_first": _map_of(_integer),
+        "statistics": _map_of(_map_of(_fingerprint_entry)),
+        "score_data": _or_null(_score_data),
     }
+    later: dict[str, Any] = {
+        "pattern": None,
+        "inputs_first": {},
+        "statistics": {},
+        "score_data": None,
+    }
+    value = {**later, **value} if isinstance(value, dict) else value
     return Pruning(**_parse_object(value, fields, "pruning."))
+
+
+def _score_data(value: Any) -> Any:
+    fields = {"source": _text, "examples": _or_null(_integer)}
+    return ScoreData(**_parse_object(value, fields, "pruning.score_data."))
 
 
 def _part(value: Any) -> Any:

@@ -21,6 +21,7 @@ from confprune.certificate.promise import (
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
+    from confprune.certificate.evidence import ScoreData
 
 WIDTH = 88
 LEVELS_AROUND = 3
@@ -97,11 +98,22 @@ def _foundation(certificate: Certificate) -> str:
     if pruning is not None:
         text += (
             f" Pruned are the {pruning.total:,} weights of {len(pruning.parameters)} parameters "
-            f"(scope {pruning.scope}, criterion {pruning.criterion})."
+            f"(scope {pruning.scope}, criterion {pruning.criterion}"
         )
+        text += ")." if pruning.pattern is None else f", pattern {pruning.pattern})."
+        if pruning.score_data is not None:
+            text += f" {_scored(pruning.score_data, used=bool(pruning.statistics))}"
     if asymptotic(certificate):
         text += " For small samples the true probability may be lower than stated."
     return text
+
+
+def _scored(data: ScoreData, *, used: bool) -> str:
+    """Where the scores came from, or those of a candidate that was not chosen."""
+    number = "others" if data.examples is None else f"{data.examples:,} other examples"
+    where = "set aside from the data" if data.source == "split" else "given for that"
+    whose = "Their scores" if used else "The scores of another candidate"
+    return f"{whose} were made with {number}, {where}; none of them calibrated."
 
 
 def _method(certificate: Certificate) -> str:

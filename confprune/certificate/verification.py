@@ -28,7 +28,7 @@ from confprune.batches import (
     slice_batch,
 )
 from confprune.certificate.evidence import Part
-from confprune.evaluation import moved_batches
+from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
 from confprune.losses import BUILT_IN, Loss, LossLike, check_shapes, resolve_loss
 from confprune.risks import Accept, Groups, group_labels, resolve_accept
@@ -173,8 +173,13 @@ def _measure(
     values: list[Tensor] = []
     labels: list[str] = []
     seen = 0
-    with torch.no_grad(), evaluation_mode(model), evaluation_mode(pruned):
-        for whole in moved_batches(model, data, batch_size, progress, "verify", order=order):
+    with (
+        torch.no_grad(),
+        evaluation_mode(model),
+        evaluation_mode(pruned),
+        progress_bar(data, order, progress, "verify") as bar,
+    ):
+        for whole in moved_batches(model, data, batch_size, order):
             left = batch_length(whole) if examples is None else examples - seen
             batch = slice_batch(whole, 0, left) if batch_length(whole) > left else whole
             full = call(model, batch, forward)
@@ -186,6 +191,7 @@ def _measure(
             if groups is not None:
                 labels += group_labels(batch, groups)
             seen += batch_length(batch)
+            bar.update(batch_length(batch))
             if seen == examples:
                 break
     return _Measured(torch.cat(values, dim=1).numpy(), np.array(labels, dtype=np.str_))
@@ -265,8 +271,10 @@ def _tested_examples(
         if count is not None:
             _check_total(certificate, count)
         return None, examples
+    pruning = certificate.pruning
+    scored = 0 if pruning is None or pruning.score_data is None else pruning.score_data.taken
     total = order_length(data)
-    aside = ordering_size(total) if set_aside else 0
+    aside = scored + (ordering_size(total - scored) if set_aside else 0)
     _check_total(certificate, total - aside)
     if certificate.seed is None or (looks is not None and looks.order == "given"):
         order = torch.arange(total)

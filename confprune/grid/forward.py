@@ -8,8 +8,9 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,14 +27,17 @@ from confprune.batches import (
     reference_of,
     slice_batch,
 )
-from confprune.grid.mode import GridMode, Layer
+from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
+from confprune.grid.mode import METADATA, GridMode, Layer
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 
-ACTIVATION_BYTES = 32 << 20
+ACTIVATION_BYTES = 64 << 20
 """Default budget for the activations of the levels and examples in flight together."""
 
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
+_LANES = 128  # vectors that the products take together
+_CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _CHECK_EXAMPLES = 4
 _CHECK_LEVELS = 3
 _TOLERANCE = {
@@ -91,13 +95,18 @@ class GridForward:
         }
         self.notes: list[str] = []
         self._batch_minor = True
+        self._fusions: list[Fusion] = []
         self._unused: set[str] = set()
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._footprint: _Footprint | None = None
 
     @torch.no_grad()
-    def evaluate(self, batch: Any, active: Sequence[int]) -> Tensor:
+    def evaluate(
+        self, batch: Any, active: Sequence[int], done: Callable[[int], object] | None = None
+    ) -> Tensor:
         """The losses of each example of a batch at some levels, [losses, B, len(active)] float32.
+
+        `done` is told the number of examples each time some are.
 
         Raises
         ------
@@ -112,12 +121,14 @@ class GridForward:
             part = slice_batch(batch, begin, end)
             full = self._network(part)
             reference = reference_of(full, part)
-            done = 0
-            while done < len(active):
-                chunk = active[done : done + self._level_chunk(end - begin)]
+            first = 0
+            while first < len(active):
+                chunk = active[first : first + self._level_chunk(end - begin)]
                 values = self._grid_losses(part, chunk, reference)
-                result[:, begin:end, done : done + len(chunk)] = values
-                done += len(chunk)
+                result[:, begin:end, first : first + len(chunk)] = values
+                first += len(chunk)
+            if done is not None:
+                done(end - begin)
         return result
 
     def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
@@ -152,9 +163,12 @@ class GridForward:
         met: set[str] = set()
 
         def at_level(level: Tensor) -> Tensor:
-            mode = GridMode(self._layers, level, batch_minor=self._batch_minor)
+            mode = GridMode(
+                self._layers, level, batch_minor=self._batch_minor, fusions=self._fusions
+            )
             with mode:
                 outputs: Tensor = self._network(batch)
+            mode.finish()
             met.update(mode.met)
             self._written = max(self._written, mode.written)
             return outputs
@@ -176,6 +190,7 @@ class GridForward:
         probe = _Probe(self._layers)
         with probe:
             full = self._network(part)
+        self._fusions = probe.fusions(full)
         size = batch_length(part)
         if full.ndim == 0 or full.shape[0] != size:
             raise ValueError(
@@ -254,7 +269,9 @@ class GridForward:
         assert self._footprint is not None
         per_example = self._footprint.activation * _LIVE
         fit = self._budget // max(1, per_example * levels)
-        step = max(1, min(max(fit, self._footprint.examples), self._budget // max(1, per_example)))
+        full = self._footprint.examples  # examples that fill the lanes of the products
+        fit = max(full, fit // full * full)
+        step = max(1, min(fit, self._budget // max(1, per_example)))
         for begin in range(0, size, step):
             yield begin, min(size, begin + step)
 
@@ -296,30 +313,47 @@ class _Footprint(NamedTuple):
 
 
 class _Probe(TorchFunctionMode):
-    """Measures a plain forward: the largest activation, and whether layers see single vectors."""
+    """Watches a plain forward: its largest activation, the shapes its layers see, their fusions."""
 
     def __init__(self, layers: dict[int, Layer]) -> None:
         super().__init__()
         self._layers = layers
         self._largest = 1
-        self._vectors = True
+        self._work = 0  # of the layer with the most operations
+        self._rows = 0  # vectors it takes; 0 for a convolution
+        self._watcher = Watcher(lambda value: id(value) in layers)
         self.met: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
-                self._largest = max(self._largest, leaf.numel() * leaf.element_size())
+        if func in METADATA:
+            return result
+        self._watcher.see(func, args, kwargs or {}, result)
         weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
         if weights:
             self.met.update(self._layers[id(weight)].name for weight in weights)
-            self._vectors &= bool(args) and isinstance(args[0], Tensor) and args[0].ndim == 2
+            work = result.numel() * weights[0][0].numel() if func in LAYER_CALLS else 0
+            if work > self._work:
+                self._work, matrix = work, weights[0].ndim == 2
+                self._rows = result.numel() // result.shape[-1] if matrix else 0
+        if self.met:  # before, all levels share their activations
+            for leaf in tree_iter(result):
+                if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
+                    self._largest = max(self._largest, leaf.numel() * leaf.element_size())
         return result
 
+    def fusions(self, outputs: Tensor) -> list[Fusion]:
+        """What follows each call of a layer, `outputs` being what the model returned."""
+        self._watcher.end(outputs)
+        return self._watcher.fusions
+
     def footprint(self, size: int, weight: int) -> _Footprint:
-        return _Footprint(-(-self._largest // size), weight, 128 if self._vectors else 16)
+        """What one of `size` examples costs; `weight` is that of a masked weight."""
+        rows = self._rows // size
+        examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
+        return _Footprint(-(-self._largest // size), weight, examples)
 
 
 @contextmanager

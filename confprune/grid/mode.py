@@ -9,7 +9,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.grid.attention import attention, multi_head_attention
+from confprune.grid.fusion import LAYER_CALLS, Fusion, fixed_batch_norm
 
-_BLOCK = 128  # columns whose inputs stay in the first-level cache
+_BLOCK = 64  # columns whose inputs stay in the first-level cache
 _MAX_BLOCK = 32767
+_MAX_POOL = 3  # side of the largest window that is pooled view by view
 
 
 class Layer:
@@ -69,6 +72,16 @@ class Layer:
 class GridMode(TorchFunctionMode):
     """Replaces prunable weights by their masked selves at `level`, a scalar that vmap may batch.
 
+    Parameters
+    ----------
+    layers : dict from id to Layer
+        The prunable weights, by their identity.
+    level : scalar tensor
+    batch_minor : bool
+        Whether activations are kept with the batch last in memory.
+    fusions : sequence of Fusion
+        What each call of a layer does besides, in the order of the calls; may be empty.
+
     Attributes
     ----------
     met : set of str
@@ -77,25 +90,40 @@ class GridMode(TorchFunctionMode):
         Bytes of the largest masked weight that was written out.
     """
 
-    def __init__(self, layers: dict[int, Layer], level: Tensor, *, batch_minor: bool) -> None:
+    def __init__(
+        self,
+        layers: dict[int, Layer],
+        level: Tensor,
+        *,
+        batch_minor: bool,
+        fusions: Sequence[Fusion] = (),
+    ) -> None:
         super().__init__()
         self.layers = layers
         self.level = level
         self.batch_minor = batch_minor
         self.met: set[str] = set()
         self.written = 0
+        self._fusions = iter(fusions)
+        self._fusion = Fusion()  # of the call under way
+        self._done: dict[int, tuple[Tensor, list[Any]]] = {}  # outputs ahead of the model
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func`, with masked weights where it was given prunable ones."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return func(*args, **kwargs)
+        ahead = self._ahead(func, args, kwargs)
+        if ahead is not None:
+            return ahead
         prunable = [leaf for leaf in tree_iter((args, kwargs)) if self._is_prunable(leaf)]
         self.met.update(self.layers[id(weight)].name for weight in prunable)
         if prunable and torch.is_autocast_enabled(self.level.device.type):
             raise NotImplementedError("torch.autocast chooses other types under vmap than without")
+        if prunable and func in LAYER_CALLS:
+            self._fusion = next(self._fusions, Fusion())
         replacement = _FUSED.get(func) if prunable else _UNDER_VMAP.get(func)
         if replacement is not None:
             result = replacement(self, *args, **kwargs)
@@ -105,6 +133,41 @@ class GridMode(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = tree_map(self._masked, (args, kwargs))
         return func(*args, **kwargs)
+
+    def fused(self, y: Tensor) -> Tensor:
+        """Note that `y` is already what the functions of the call's fusion make of it."""
+        if self._fusion.functions:
+            self._done[id(y)] = (y, list(self._fusion.functions))
+            self._fusion = Fusion()
+        return y
+
+    def follow(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
+        """The shift, the scale and whether there is a ReLU, for the call under way."""
+        affine = self._fusion.affine
+        if affine is None:
+            return bias, None, self._fusion.relu
+        shift = affine.shift if bias is None else affine.shift + affine.scale * bias
+        return shift, affine.scale, self._fusion.relu
+
+    def finish(self) -> None:
+        """Raise RuntimeError where an output was not used as the fusions took for granted."""
+        if self._done:
+            raise RuntimeError("the model's functions changed from one call to the next")
+
+    def _ahead(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """The output that this call is about, if it has been made together with its layer."""
+        if not self._done:
+            return None
+        for leaf in tree_iter((args, kwargs)):
+            if id(leaf) in self._done:
+                y, functions = self._done.pop(id(leaf))
+                if func is not functions[0] or leaf is not args[0]:
+                    self._done[id(leaf)] = (y, functions)
+                    self.finish()
+                if len(functions) > 1:
+                    self._done[id(y)] = (y, functions[1:])
+                return y
+        return None
 
     def _is_prunable(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.layers
@@ -147,10 +210,11 @@ def _matrix_product(
     # Sequences go on to normalisations over their features, which want these to be contiguous.
     batch_minor = mode.batch_minor and x.ndim == 2
     inputs = x.reshape(1, -1, x.shape[-1])
+    shift, scale, relu = mode.follow(bias)
     y = torch.ops.confprune.grid_linear(
-        inputs, bias, mode.level.reshape(1), rows, outputs, block, batch_minor
+        inputs, shift, mode.level.reshape(1), rows, outputs, block, batch_minor, scale, relu
     )
-    return y.reshape(*x.shape[:-1], outputs)
+    return mode.fused(y.reshape(*x.shape[:-1], outputs))
 
 
 def _conv(dimensions: int) -> Callable[..., Any]:
@@ -172,22 +236,25 @@ def _conv(dimensions: int) -> Callable[..., Any]:
             return NotImplemented
         rows, outputs, block = layer.rows(shared=not _depends_on_level(input))
         batched = input.ndim == dimensions + 2
+        shift, scale, relu = mode.follow(bias)
         y = torch.ops.confprune.grid_conv(
             (input if batched else input.unsqueeze(0)).unsqueeze(0),
-            bias,
+            shift,
             mode.level.reshape(1),
             rows,
             outputs,
             block,
             list(weight.shape[2:]),
-            _each(stride, dimensions),
+            each(stride, dimensions),
             margin,
-            _each(dilation, dimensions),
+            each(dilation, dimensions),
             groups,
+            scale,
+            relu,
         ).squeeze(0)
         if not mode.batch_minor:
             y = y.contiguous()
-        return y if batched else y.squeeze(0)
+        return mode.fused(y if batched else y.squeeze(0))
 
     return conv
 
@@ -199,13 +266,14 @@ def _padding(padding: Any, weight: Tensor, dilation: Any) -> list[int] | None:
         return [0] * dimensions
     if padding == "same":
         reach = [
-            d * (k - 1) for d, k in zip(_each(dilation, dimensions), weight.shape[2:], strict=True)
+            d * (k - 1) for d, k in zip(each(dilation, dimensions), weight.shape[2:], strict=True)
         ]
         return [r // 2 for r in reach] if all(r % 2 == 0 for r in reach) else None
-    return _each(padding, dimensions)
+    return each(padding, dimensions)
 
 
-def _each(value: Any, dimensions: int) -> list[int]:
+def each(value: Any, dimensions: int) -> list[int]:
+    """A setting of a convolution for each of its dimensions, given for all or one by one."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dimensions if len(values) == 1 else values
 
@@ -241,29 +309,39 @@ def _attention(mode: GridMode, *args: Any, **kwargs: Any) -> Any:
     return attention(*args, **kwargs)
 
 
-def _batch_norm(
+def _batch_norm(mode: GridMode, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Batch norm with fixed statistics as one scale and shift: torch's own copies under vmap."""
+    affine = fixed_batch_norm(input, *args, **kwargs)
+    if affine is None:
+        return NotImplemented
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    return input * affine.scale.reshape(shape) + affine.shift.reshape(shape)
+
+
+def _max_pool2d(
     mode: GridMode,
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
 ) -> Any:
-    """Batch norm with fixed statistics as one scale and shift: torch's own copies under vmap."""
-    fixed = not training and running_mean is not None and running_var is not None
-    if not fixed or input.dtype not in (torch.float32, torch.float64):
+    """Max pooling as the maximum of shifted views: torch's own copies activations batch-minor."""
+    kernel, step = each(kernel_size, 2), each(stride or kernel_size, 2)
+    rare = ceil_mode or return_indices or each(dilation, 2) != [1, 1] or input.ndim != 4
+    if rare or not mode.batch_minor or not _depends_on_level(input) or max(kernel) > _MAX_POOL:
         return NotImplemented
-    assert running_mean is not None
-    assert running_var is not None
-    scale = (running_var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale
-    shift = shift if bias is None else shift + bias
-    shape = (1, -1, *[1] * (input.ndim - 2))
-    return input * scale.reshape(shape) + shift.reshape(shape)
+    margin = each(padding, 2)
+    if any(margin):
+        input = F.pad(input, (margin[1], margin[1], margin[0], margin[0]), value=-torch.inf)
+    ends = [size - k + 1 for size, k in zip(input.shape[2:], kernel, strict=True)]
+    result: Tensor | None = None
+    for row, column in itertools.product(range(kernel[0]), range(kernel[1])):
+        view = input[:, :, row : row + ends[0] : step[0], column : column + ends[1] : step[1]]
+        result = view if result is None else torch.maximum(result, view)
+    return result
 
 
 _FUSED: dict[Any, Callable[..., Any]] = {
@@ -278,13 +356,15 @@ _FUSED: dict[Any, Callable[..., Any]] = {
 
 # Functions that torch runs slowly under vmap, also where no prunable weight is involved.
 _UNDER_VMAP: dict[Any, Callable[..., Any]] = {
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
     F.scaled_dot_product_attention: _attention,
     F.batch_norm: _batch_norm,
     F.multi_head_attention_forward: _multi_head,
 }
 
 # What a weight is asked about itself, and masking does not change.
-_METADATA: set[Any] = {
+METADATA: set[Any] = {
     *(
         getattr(Tensor, name).__get__
         for name in (

@@ -1,10 +1,14 @@
 // The algorithm of the grid product, over a vector width; included once for each instruction set.
 //
-// The including file defines CONFPRUNE_VECTOR_BYTES, CONFPRUNE_TILE_VECTORS and CONFPRUNE_SET, and
-// may raise the compilation target first. Everything here has internal linkage: two instruction
-// sets must never share a function.
+// The including file defines CONFPRUNE_VECTOR_BYTES and CONFPRUNE_TILE_VECTORS, and may raise the
+// compilation target first. Everything here has internal linkage: two instruction sets must never
+// share a function.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "kernels/elements.h"
 #include "kernels/grid_tasks.h"
@@ -34,77 +38,102 @@ inline void accumulate(typename Lanes<T>::Vector (&sum)[V], const T* values, con
   }
 }
 
+// Rows of lanes in memory: scratch, or the output itself where its lanes are neighbours.
 template <class T>
-struct Rows {
-  const T* values;
-  const int16_t* columns;
-  const int64_t* starts;
-  const int16_t* counts;
+struct Tile {
+  T* data;
+  int64_t row_stride;
 };
 
-// tile[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level. The
-// additions stand in the order of shared_tile, so that a level does not depend on those asked for
-// with it.
+// What follows the sum of a row.
+template <class T>
+struct Finish {
+  explicit Finish(const GridProduct& product)
+      : scale(static_cast<const T*>(product.scale)),
+        shift(static_cast<const T*>(product.shift)),
+        floor(product.relu ? T(0) : -std::numeric_limits<T>::infinity()) {}
+
+  template <int V>
+  void write(const typename Lanes<T>::Vector (&sum)[V], int64_t row, T* place) const {
+    using L = Lanes<T>;
+    const T factor = scale == nullptr ? T(1) : scale[row];
+    const T start = shift == nullptr ? T(0) : shift[row];
+    const typename L::Vector least = floor - typename L::Vector{};
+    for (int v = 0; v < V; ++v) {
+      const typename L::Vector y = sum[v] * factor + start;
+      // This way round NaN stays.
+      *reinterpret_cast<typename L::Unaligned*>(place + v * L::kWidth) = y < least ? least : y;
+    }
+  }
+
+  const T* scale;
+  const T* shift;
+  T floor;
+};
+
+// out[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level; `partial`
+// holds the sums over the blocks before the last. The additions stand in the order of shared_tile,
+// so that a level does not depend on those asked for with it.
 template <class T, int V>
 void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end, const T* x,
-                T* tile) {
+                T* partial, Tile<T> out) {
   using L = Lanes<T>;
   const PrefixRows& rows = d.product.rows;
   const T* values = static_cast<const T*>(rows.values);
-  const T* bias = static_cast<const T*>(d.product.bias);
+  const Finish<T> finish(d.product);
   const int64_t rows_per_group = rows.rows / d.product.convolution.groups;
   const int64_t group_size =
       d.product.convolution.channels / d.product.convolution.groups * d.packed.channel_size;
   for (int64_t block = 0; block < rows.blocks; ++block) {
     const int32_t* offsets = d.packed.offsets.data() + block * rows.block;
+    const int64_t* starts = rows.starts + block * rows.rows;
+    const int16_t* counts = rows.counts + (level * rows.blocks + block) * rows.rows;
+    const bool last = block + 1 == rows.blocks;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      const int64_t cell = row * rows.blocks + block;
-      const T* input = x + row / rows_per_group * group_size;
-      const T start = bias == nullptr ? T(0) : bias[row];
-      T* out = tile + (row - row_begin) * L::kTile;
+      // The weights alive are gaps apart, which the hardware does not foresee.
+      __builtin_prefetch(values + starts[row + 1]);
+      __builtin_prefetch(rows.columns + starts[row + 1]);
+      T* const before = partial + (row - row_begin) * L::kTile;
       typename L::Vector sum[V] = {};
-      accumulate<T, V>(sum, values + rows.starts[cell], rows.columns + rows.starts[cell],
-                       rows.counts[cell * rows.levels + level], offsets, input);
-      for (int v = 0; v < V; ++v) {
-        auto* place = reinterpret_cast<typename L::Unaligned*>(out + v * L::kWidth);
-        *place = block == 0 ? sum[v] + start : *place + sum[v];
-      }
+      accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], offsets,
+                       x + row / rows_per_group * group_size);
+      if (block > 0)
+        for (int v = 0; v < V; ++v)
+          sum[v] += *reinterpret_cast<const typename L::Unaligned*>(before + v * L::kWidth);
+      if (last)
+        finish.write(sum, row, out.data + (row - row_begin) * out.row_stride);
+      else
+        for (int v = 0; v < V; ++v)
+          *reinterpret_cast<typename L::Unaligned*>(before + v * L::kWidth) = sum[v];
     }
   }
 }
 
-// tile[k, row - row_begin, lanes] for every level of the product, by suffix sums: the levels are
+// out[k, row - row_begin, lanes] for every level of the product, by suffix sums: the levels are
 // taken from the sparsest to the densest, each adding its own weights to the sum of the sparser
 // ones.
 template <class T, int V>
-void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const T* x, T* tile) {
+void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const T* x, Tile<T> out,
+                 int64_t level_stride) {
   using L = Lanes<T>;
   const GridProduct& product = d.product;
   const PrefixRows& rows = product.rows;
   const T* values = static_cast<const T*>(rows.values);
-  const T* bias = static_cast<const T*>(product.bias);
+  const Finish<T> finish(product);
   const int64_t rows_per_group = rows.rows / product.convolution.groups;
   const int64_t group_size =
       product.convolution.channels / product.convolution.groups * d.packed.channel_size;
-  for (int64_t block = 0; block < rows.blocks; ++block) {
-    const int32_t* offsets = d.packed.offsets.data() + block * rows.block;
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      const int64_t cell = row * rows.blocks + block;
-      const T* input = x + row / rows_per_group * group_size;
-      const T start = bias == nullptr ? T(0) : bias[row];
-      typename L::Vector sum[V] = {};
-      int64_t done = 0;
-      for (int64_t k = product.num_levels - 1; k >= 0; --k) {
-        const int64_t count = rows.counts[cell * rows.levels + product.levels[k]];
-        const int64_t from = rows.starts[cell] + done;
-        accumulate<T, V>(sum, values + from, rows.columns + from, count - done, offsets, input);
-        done = count;
-        T* out = tile + (k * kSharedRows + row - row_begin) * L::kTile;
-        for (int v = 0; v < V; ++v) {
-          auto* place = reinterpret_cast<typename L::Unaligned*>(out + v * L::kWidth);
-          *place = block == 0 ? sum[v] + start : *place + sum[v];
-        }
-      }
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* input = x + row / rows_per_group * group_size;
+    typename L::Vector sum[V] = {};
+    int64_t done = 0;
+    for (int64_t k = product.num_levels - 1; k >= 0; --k) {
+      const int64_t count = rows.counts[product.levels[k] * rows.rows + row];
+      const int64_t from = rows.starts[row] + done;
+      accumulate<T, V>(sum, values + from, rows.columns + from, count - done,
+                       d.packed.offsets.data(), input);
+      done = count;
+      finish.write(sum, row, out.data + k * level_stride + (row - row_begin) * out.row_stride);
     }
   }
 }
@@ -121,6 +150,123 @@ void with_vectors(int64_t vectors, Body body) {
   }
 }
 
+// Notes infinity and NaN, whose product with 0 is not 0; lanes of 64 bytes, and what is left.
+template <class T>
+class Finite {
+ public:
+  void look(const T* values, int64_t count) {
+    int64_t i = 0;
+    for (; i + kSums * L::kWidth <= count; i += kSums * L::kWidth)
+      for (int s = 0; s < kSums; ++s)
+        zeros_[s] +=
+            T(0) * *reinterpret_cast<const typename L::Unaligned*>(values + i + s * L::kWidth);
+    for (; i < count; ++i)
+      zero_ += T(0) * values[i];
+  }
+  bool all() const {
+    T sum = zero_;
+    for (int s = 0; s < kSums; ++s)
+      for (int i = 0; i < L::kWidth; ++i)
+        sum += zeros_[s][i];
+    return sum == T(0);
+  }
+
+ private:
+  using L = Lanes<T>;
+  static constexpr int kSums = 4;
+  typename L::Vector zeros_[kSums] = {};
+  T zero_ = 0;
+};
+
+// {a[0], b[0], a[1], b[1], ...}, of the lower halves or of the upper.
+template <class V, std::size_t... I>
+inline V interleave(V a, V b, bool upper, std::index_sequence<I...>) {
+  constexpr int kWidth = int(sizeof...(I));
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, (int(I) / 2 + kWidth / 2 + int(I) % 2 * kWidth)...)
+               : __builtin_shufflevector(a, b, (int(I) / 2 + int(I) % 2 * kWidth)...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  typedef Index Mask __attribute__((vector_size(sizeof(V))));
+  return upper ? __builtin_shuffle(a, b, Mask{Index(I / 2 + kWidth / 2 + I % 2 * kWidth)...})
+               : __builtin_shuffle(a, b, Mask{Index(I / 2 + I % 2 * kWidth)...});
+#endif
+}
+
+// out[column, row] = in[row, column], in squares of whole vectors.
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+               int64_t out_stride) {
+  using L = Lanes<T>;
+  constexpr int64_t kWidth = L::kWidth;
+  const auto lanes = std::make_index_sequence<kWidth>{};
+  const int64_t whole_rows = rows - rows % kWidth, whole_columns = columns - columns % kWidth;
+  for (int64_t r = 0; r < whole_rows; r += kWidth)
+    for (int64_t c = 0; c < whole_columns; c += kWidth) {
+      typename L::Vector a[kWidth], b[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i)
+        a[i] = *reinterpret_cast<const typename L::Unaligned*>(in + (r + i) * in_stride + c);
+      for (int64_t half = 1; half < kWidth; half *= 2) {  // a perfect shuffle each time
+        for (int64_t i = 0; i < kWidth / 2; ++i) {
+          b[2 * i] = interleave(a[i], a[i + kWidth / 2], false, lanes);
+          b[2 * i + 1] = interleave(a[i], a[i + kWidth / 2], true, lanes);
+        }
+        std::copy(b, b + kWidth, a);
+      }
+      for (int64_t i = 0; i < kWidth; ++i)
+        *reinterpret_cast<typename L::Unaligned*>(out + (c + i) * out_stride + r) = a[i];
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// x [count, channels], strided, into [channel, chunk]; examples past `count` are 0. A few channels
+// at a time, so that lines are read and written whole.
+template <class T, class Input>
+void pack_transposed(const Input* x, int64_t batch_stride, int64_t channel_stride, int64_t count,
+                     int64_t channels, int64_t chunk, T* out) {
+  if constexpr (std::is_same<T, Input>::value)
+    if (channel_stride == 1) {
+      transpose(x, batch_stride, count, channels, out, chunk);
+      for (int64_t c = 0; c < channels && count < chunk; ++c)
+        std::fill(out + c * chunk + count, out + (c + 1) * chunk, T(0));
+      return;
+    }
+  constexpr int64_t kSquare = 16;
+  for (int64_t c0 = 0; c0 < channels; c0 += kSquare) {
+    const int64_t c1 = std::min(channels, c0 + kSquare);
+    for (int64_t b = 0; b < count; ++b) {
+      const Input* from = x + b * batch_stride;
+      for (int64_t c = c0; c < c1; ++c)
+        out[c * chunk + b] = T(widen(from[c * channel_stride]));
+    }
+    for (int64_t c = c0; c < c1; ++c)
+      std::fill(out + c * chunk + count, out + (c + 1) * chunk, T(0));
+  }
+}
+
+// One line of a plane, positions [begin, end) of its last dimension, into [position, chunk].
+template <class T, class Input>
+void pack_line(const Input* line, int64_t position_stride, int64_t batch_stride, int64_t count,
+               int64_t begin, int64_t end, int64_t step, int64_t chunk, T* out) {
+  if (std::is_same<T, Input>::value && batch_stride == 1 && step == 1 && count == chunk &&
+      position_stride == chunk) {
+    std::memcpy(out, line + begin * chunk, size_t((end - begin) * chunk) * sizeof(T));
+    return;
+  }
+  for (int64_t at = begin; at < end; at += step, out += chunk) {
+    const Input* from = line + at * position_stride;
+    if (batch_stride == 1)
+      for (int64_t b = 0; b < count; ++b)
+        out[b] = T(widen(from[b]));
+    else
+      for (int64_t b = 0; b < count; ++b)
+        out[b] = T(widen(from[b * batch_stride]));
+    std::fill(out + count, out + chunk, T(0));
+  }
+}
+
 // x[slot, first example ..] into [channel, phase, extent, chunk]; what is padding, or past the
 // batch, is 0.
 template <class T, class Input>
@@ -130,41 +276,36 @@ void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
   const PackedInput& p = d.packed;
   const int64_t count = std::min(p.chunk, d.product.batch - first);
   const Input* base = x + first * layout.batch_stride;
+  if (p.channel_size == p.chunk && c.input[0] * c.input[1] * c.input[2] == 1 &&
+      layout.batch_stride != 1)
+    return pack_transposed(base, layout.batch_stride, layout.channel_stride, count, c.channels,
+                           p.chunk, packed);
   T* out = packed;
-  int strange = 0;  // whether some input is infinite or NaN
   for (int64_t channel = 0; channel < c.channels; ++channel) {
     const Input* plane = base + channel * layout.channel_stride;
     for (int64_t p0 : p.phases[0])
       for (int64_t p1 : p.phases[1])
         for (int64_t p2 : p.phases[2])
           for (int64_t i0 = 0; i0 < p.extent[0]; ++i0)
-            for (int64_t i1 = 0; i1 < p.extent[1]; ++i1) {
+            for (int64_t i1 = 0; i1 < p.extent[1]; ++i1, out += p.extent[2] * p.chunk) {
               const int64_t a0 = i0 * c.stride[0] + p0 - c.padding[0];
               const int64_t a1 = i1 * c.stride[1] + p1 - c.padding[1];
-              const bool inside = a0 >= 0 && a0 < c.input[0] && a1 >= 0 && a1 < c.input[1];
-              const Input* line =
-                  plane + a0 * layout.position_strides[0] + a1 * layout.position_strides[1];
-              for (int64_t i2 = 0; i2 < p.extent[2]; ++i2, out += p.chunk) {
-                const int64_t a2 = i2 * c.stride[2] + p2 - c.padding[2];
-                if (!inside || a2 < 0 || a2 >= c.input[2]) {
-                  std::fill(out, out + p.chunk, T(0));
-                  continue;
-                }
-                const Input* at = line + a2 * layout.position_strides[2];
-                if (layout.batch_stride == 1)
-                  for (int64_t b = 0; b < count; ++b)
-                    out[b] = T(widen(at[b]));
-                else
-                  for (int64_t b = 0; b < count; ++b)
-                    out[b] = T(widen(at[b * layout.batch_stride]));
-                for (int64_t b = 0; b < count; ++b)
-                  strange |= out[b] - out[b] != T(0);
-                std::fill(out + count, out + p.chunk, T(0));
-              }
+              // Of the line's positions, those in [begin, end) are not padding.
+              const int64_t step = c.stride[2], shift = p2 - c.padding[2];
+              int64_t begin =
+                  std::min(p.extent[2], std::max<int64_t>(0, (step - 1 - shift) / step));
+              int64_t end = std::min(p.extent[2], (c.input[2] - shift + step - 1) / step);
+              if (a0 < 0 || a0 >= c.input[0] || a1 < 0 || a1 >= c.input[1] || end <= begin)
+                begin = end = 0;
+              std::fill(out, out + begin * p.chunk, T(0));
+              if (begin < end)
+                pack_line(plane + a0 * layout.position_strides[0] + a1 * layout.position_strides[1],
+                          layout.position_strides[2], layout.batch_stride, count,
+                          begin * step + shift, (end - 1) * step + shift + 1, step, p.chunk,
+                          out + begin * p.chunk);
+              std::fill(out + end * p.chunk, out + p.extent[2] * p.chunk, T(0));
             }
   }
-  if (strange)
-    d.product.finite->store(false, std::memory_order_relaxed);
 }
 
 // One tile of lanes to y: lane = position along the last dimension * chunk + example.
@@ -173,6 +314,12 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
            int64_t lanes, int64_t count) {
   const Activation& layout = d.product.y;
   const int64_t chunk = d.packed.chunk;
+  if constexpr (std::is_same<T, Output>::value)
+    if (layout.channel_stride == 1 && d.product.convolution.output[2] == 1) {
+      const int64_t valid = std::min(lanes, count - first_lane);
+      return transpose(tile, Lanes<T>::kTile, rows, valid, y + first_lane * layout.batch_stride,
+                       layout.batch_stride);
+    }
   constexpr int64_t kRowBlock = 16;  // rows whose lines stay in L1 while examples are walked
   for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
     const int64_t end = std::min(rows, begin + kRowBlock);
@@ -208,6 +355,14 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
   }
 }
 
+}  // namespace
+}  // namespace confprune
+
+#include "kernels/grid_winograd.h"
+
+namespace confprune {
+namespace {
+
 template <class T, class InOut>
 void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   using L = Lanes<T>;
@@ -222,15 +377,34 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   const int64_t count = std::min(d.packed.chunk, product.batch - first);
 
   T* packed = static_cast<T*>(scratch);
-  // Tiles may read a vector past the last position; what they read never reaches y.
-  const int64_t slack = c.channels * d.packed.channel_size;
-  std::fill(packed + slack, packed + slack + L::kTile, T(0));
-  T* tile = packed + (slack + L::kTile + 15) / 16 * 16;
+  const int64_t size = d.in_place ? 0 : c.channels * d.packed.channel_size;
+  T* tile = packed + (size + L::kTile + 15) / 16 * 16;
 
   const InOut* x = static_cast<const InOut*>(product.x.data);
-  pack(d, product.shared ? x : x + k * product.x.level_stride, first, packed);
+  if (!product.shared)
+    x += k * product.x.level_stride;
+  Finite<T> finite;
+  if (d.in_place) {
+    packed = const_cast<T*>(reinterpret_cast<const T*>(x + first));
+    if (group == 0)
+      for (int64_t channel = 0; channel < c.channels; ++channel)
+        finite.look(packed + channel * d.packed.channel_size, count);
+  } else {
+    pack(d, x, first, packed);
+    // Tiles may read a vector past the last position; what they read never reaches y.
+    std::fill(packed + size, packed + size + L::kTile, T(0));
+    if (group == 0)
+      finite.look(packed, size);
+  }
+  if (!finite.all())
+    product.finite->store(false, std::memory_order_relaxed);
 
   InOut* y = static_cast<InOut*>(product.y.data) + first * product.y.batch_stride;
+  if (!product.shared)
+    y += k * product.y.level_stride;
+  if constexpr (std::is_same<T, float>::value)
+    if (!d.winograd.levels.empty() && d.winograd.levels[k])
+      return run_winograd(d, product.levels[k], row_begin, row_end, packed, tile, y, count);
   const int64_t line_lanes = c.output[2] * d.packed.chunk;
   for (int64_t o0 = 0; o0 < c.output[0]; ++o0)
     for (int64_t o1 = 0; o1 < c.output[1]; ++o1)
@@ -240,23 +414,34 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
         const T* input =
             packed + (o0 * d.packed.extent[1] + o1) * d.packed.extent[2] * d.packed.chunk + lane;
         InOut* out = y + o0 * product.y.position_strides[0] + o1 * product.y.position_strides[1];
+        // Whether the lanes are neighbours in y too, and fill its vectors.
+        const bool direct = std::is_same<T, InOut>::value && product.y.batch_stride == 1 &&
+                            count == d.packed.chunk && lanes % L::kWidth == 0 &&
+                            (c.output[2] == 1 || product.y.position_strides[2] == d.packed.chunk);
+        T* const lines = reinterpret_cast<T*>(out) + lane;
+        const int64_t stride = product.y.channel_stride;
         if (!product.shared) {
+          const Tile<T> to =
+              direct ? Tile<T>{lines + row_begin * stride, stride} : Tile<T>{tile, L::kTile};
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
-            level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile);
+            level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile, to);
           });
-          store(d, tile, row_end - row_begin,
-                out + k * product.y.level_stride + row_begin * product.y.channel_stride, lane,
-                lanes, count);
+          if (!direct)
+            store(d, tile, row_end - row_begin, out + row_begin * stride, lane, lanes, count);
           continue;
         }
         for (int64_t row = row_begin; row < row_end; row += kSharedRows) {
           const int64_t stop = std::min(row_end, row + kSharedRows);
-          with_vectors<CONFPRUNE_TILE_VECTORS>(
-              vectors, [&](auto V) { shared_tile<T, V()>(d, row, stop, input, tile); });
-          for (int64_t j = 0; j < product.num_levels; ++j)
-            store(d, tile + j * kSharedRows * L::kTile, stop - row,
-                  out + j * product.y.level_stride + row * product.y.channel_stride, lane, lanes,
-                  count);
+          const Tile<T> to =
+              direct ? Tile<T>{lines + row * stride, stride} : Tile<T>{tile, L::kTile};
+          with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
+            shared_tile<T, V()>(d, row, stop, input, to,
+                                direct ? product.y.level_stride : kSharedRows * L::kTile);
+          });
+          if (!direct)
+            for (int64_t j = 0; j < product.num_levels; ++j)
+              store(d, tile + j * kSharedRows * L::kTile, stop - row,
+                    out + j * product.y.level_stride + row * stride, lane, lanes, count);
         }
       }
 }

@@ -11,7 +11,39 @@ namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
+// Where minimal filtering is faster, as measured: from so many channels, outputs of a channel, and
+// weights alive.
+constexpr int64_t kWinogradChannels = 16;
+constexpr int64_t kWinogradOutputs = 100;
+constexpr int64_t kWinogradBytes = 1 << 19;  // of transformed tiles, within a second-level cache
+constexpr double kWinogradDensity = 0.55;
+constexpr int64_t kLineOfLanes = 512;  // bytes from one input to the next, at most, unpacked
 constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
+
+// Whether minimal filtering is for this convolution; at which of its levels is another question.
+bool is_winograd(const GridProduct& product) {
+  const Convolution& c = product.convolution;
+  return !product.shared && !product.wide && c.groups == 1 && c.kernel[0] == 1 &&
+         c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[0] == 1 && c.padding[0] == 0 &&
+         c.stride[1] == 1 && c.stride[2] == 1 && c.dilation[1] == 1 && c.dilation[2] == 1 &&
+         c.channels >= kWinogradChannels && product.rows.rows >= kWinogradChannels &&
+         c.output[1] * c.output[2] >= kWinogradOutputs;
+}
+
+// The levels with so many weights alive that minimal filtering is faster.
+std::vector<uint8_t> dense_levels(const GridProduct& product) {
+  const PrefixRows& rows = product.rows;
+  const int64_t cells = rows.blocks * rows.rows;
+  std::vector<uint8_t> dense(product.num_levels);
+  for (int64_t k = 0; k < product.num_levels; ++k) {
+    const int16_t* counts = rows.counts + product.levels[k] * cells;
+    int64_t alive = 0;
+    for (int64_t cell = 0; cell < cells; ++cell)
+      alive += counts[cell];
+    dense[k] = double(alive) >= kWinogradDensity * double(rows.rows * rows.row_size);
+  }
+  return dense;
+}
 
 PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   const Convolution& c = product.convolution;
@@ -29,6 +61,8 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
     std::sort(phases.begin(), phases.end());
     phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
     packed.extent[d] = c.output[d] + reach;
+    if (d > 0 && is_winograd(product))
+      packed.extent[d] = (c.output[d] + 1) / 2 * 2 + reach;
     planes *= int64_t(phases.size());
   }
   const int64_t plane = packed.extent[0] * packed.extent[1] * packed.extent[2] * chunk;
@@ -59,6 +93,26 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   return packed;
 }
 
+// Whether the lanes of a linear layer's input already are whole vectors of neighbours, on cache
+// lines of their own, and close enough together that a block of them stays in the cache.
+bool is_packed(const GridProduct& product, int64_t lanes) {
+  const Activation& x = product.x;
+  const int64_t size = product.wide ? 8 : 4;
+  const bool compute_type = x.element == (product.wide ? Element::float64 : Element::float32);
+  return compute_type &&
+         product.convolution.input[0] * product.convolution.input[1] *
+                 product.convolution.input[2] ==
+             1 &&
+         product.convolution.padding[0] + product.convolution.padding[1] +
+                 product.convolution.padding[2] ==
+             0 &&
+         x.batch_stride == 1 && product.batch % lanes == 0 && x.channel_stride % lanes == 0 &&
+         x.channel_stride * size <= kLineOfLanes && x.level_stride * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 64 == 0 &&
+         x.channel_stride <=
+             std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, product.rows.row_size);
+}
+
 }  // namespace
 
 struct GridPlan::Details : GridDetails {};
@@ -72,9 +126,24 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   const int64_t widest = linear ? d.lanes : kConvolutionChunk;
   d.packed = pack_layout(product, 1);
   const int64_t fit = kPackedElements / std::max<int64_t>(1, c.channels * d.packed.channel_size);
-  const int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
+  int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
+  if (is_winograd(product) && fit >= kConvolutionChunk) {
+    chunk = kConvolutionChunk;
+    d.winograd.levels = dense_levels(product);
+    d.winograd.tiles[0] = (c.output[1] + 1) / 2;
+    d.winograd.tiles[1] = (c.output[2] + 1) / 2;
+    const int64_t tile = 4 * kPoints * kConvolutionChunk * (c.channels + product.rows.rows);
+    const int64_t steps = (d.winograd.tiles[1] * tile + kWinogradBytes - 1) / kWinogradBytes;
+    d.winograd.step = (d.winograd.tiles[1] + steps - 1) / steps;
+  }
   if (chunk > 1)
     d.packed = pack_layout(product, chunk);
+  d.in_place = linear && is_packed(product, d.lanes);
+  if (d.in_place) {
+    d.packed.channel_size = product.x.channel_stride;
+    for (int64_t column = 0; column < product.rows.row_size; ++column)
+      d.packed.offsets[column] = int32_t(column * product.x.channel_stride);
+  }
   d.chunks = (product.batch + d.packed.chunk - 1) / d.packed.chunk;
   const int64_t inputs = product.shared ? 1 : product.num_levels;
   const int64_t row_groups =
@@ -98,7 +167,16 @@ int64_t GridPlan::scratch_bytes() const {
   const int64_t size = d.product.wide ? 8 : 4;
   const int64_t tile_rows = d.product.shared ? kSharedRows * d.product.num_levels : d.row_tile;
   const int64_t input = d.product.convolution.channels * d.packed.channel_size + d.lanes;
-  return (input + 16 + tile_rows * d.lanes) * size + 64;
+  int64_t work = tile_rows * d.lanes;
+  if (!d.winograd.levels.empty()) {
+    constexpr int64_t kMostRows = 8;  // rows are filled up to the dense product's
+    const int64_t lanes = d.winograd.step * d.packed.chunk;
+    const int64_t rows = std::min(d.row_tile, d.product.rows.rows) + kMostRows;
+    const int64_t channels = d.product.convolution.channels;
+    work = std::max(work, kPoints * (rows * channels + (channels + rows) * lanes + 2 * kPointGap) +
+                              std::max(4 * lanes, d.product.rows.row_size));
+  }
+  return (input + 16 + work) * size + 64;
 }
 
 void GridPlan::run(int64_t task, void* scratch) const {

@@ -1,4 +1,6 @@
-// The masked product of one layer at many levels: y[k] = conv(x[k], W ⊙ (levels > level[k])) + b.
+// The masked product of one layer at many levels, and the simple steps that follow a layer:
+//
+//   y[k] = max(floor, scale · conv(x[k], W ⊙ (levels > level[k])) + shift)
 //
 // A linear layer is the convolution with one position. The batch stands in the vector lanes: inputs
 // are packed as [channel, position, batch], so that a weight meets 16 or more examples (or
@@ -46,11 +48,13 @@ struct GridProduct {
   Convolution convolution;
   Activation x;
   Activation y;
-  const void* bias;           // float, or double for float64 weights; may be null
+  const void* scale;          // [rows] float, or double for float64 weights; null: 1
+  const void* shift;          // the same; null: 0
+  bool relu;                  // whether the floor is 0
   const int64_t* levels;      // [K] grid levels, increasing
   int64_t num_levels;         // K
   int64_t batch;              // N
-  bool shared;                // one x for all levels
+  bool shared;                // one x for all levels, and rows of one block: suffix sums
   bool wide;                  // compute in double
   std::atomic<bool>* finite;  // set to false where x holds infinity or NaN
 };

@@ -18,14 +18,14 @@ void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t b
   const T* weight = static_cast<const T*>(m.weight);
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int64_t> at(num_levels + 1);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t from = b * block, to = std::min(m.row_size, from + block);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = b * block, to = std::min(m.row_size, from + block);
+    for (int64_t row = row_begin; row < row_end; ++row) {
       // A stable counting sort, descending in the level.
       std::fill(at.begin(), at.end(), 0);
       for (int64_t c = from; c < to; ++c)
         ++at[level_at(m, row, c)];
-      int64_t next = starts[row * blocks + b];
+      int64_t next = starts[b * m.rows + row];
       for (int64_t level = num_levels; level >= 0; --level) {
         const int64_t count = at[level];
         at[level] = next;
@@ -49,9 +49,10 @@ int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_e
                        int64_t num_levels, int16_t* counts, int64_t* starts) {
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int32_t> pruned_at(num_levels + 1);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t from = b * block, to = std::min(m.row_size, from + block);
+  const int64_t cells = blocks * m.rows;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = b * block, to = std::min(m.row_size, from + block);
+    for (int64_t row = row_begin; row < row_end; ++row) {
       std::fill(pruned_at.begin(), pruned_at.end(), 0);
       for (int64_t c = from; c < to; ++c) {
         const int64_t level = level_at(m, row, c);
@@ -59,13 +60,13 @@ int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_e
           return level;
         ++pruned_at[level];
       }
-      int16_t* cell = counts + (row * blocks + b) * num_levels;
+      const int64_t cell = b * m.rows + row;
       int32_t alive = 0;
       for (int64_t level = num_levels - 1; level >= 0; --level) {
         alive += pruned_at[level + 1];
-        cell[level] = int16_t(alive);
+        counts[level * cells + cell] = int16_t(alive);
       }
-      starts[row * blocks + b + 1] = cell[0];
+      starts[cell + 1] = alive;
     }
   }
   return 0;

@@ -1,8 +1,9 @@
 // Prefix rows: each row's weights ordered by prune level, the most durable first.
 //
 // A row of `columns` weights is cut into blocks of `block` columns. Within a block the weights
-// alive at level j are then a prefix, whose length is counts[row, b, j], so one structure serves
-// every level. Weights pruned at every level are left out.
+// alive at level j are then a prefix, whose length is counts[j, b, row], so one structure serves
+// every level. Cells (b, row) are stored in that order, the one in which products walk them.
+// Weights pruned at every level are left out.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ constexpr int64_t kMaxBlock = 32767;  // columns within a block, and counts, are
 struct PrefixRows {
   const void* values;      // [alive]
   const int16_t* columns;  // [alive], within the block
-  const int64_t* starts;   // [rows * blocks + 1]
-  const int16_t* counts;   // [rows * blocks, levels]
+  const int64_t* starts;   // [blocks * rows + 1]
+  const int16_t* counts;   // [levels, blocks * rows]
   int64_t rows;
   int64_t row_size;
   int64_t block;
@@ -38,7 +39,7 @@ struct LevelledMatrix {
   int64_t row_size;
 };
 
-// Writes counts[cell, j] for every cell (row, block) of rows [row_begin, row_end), and the number
+// Writes counts[j, cell] for every cell (block, row) of rows [row_begin, row_end), and the number
 // of weights kept in cell + 1 of `starts`. Returns a prune level outside [0, num_levels], if it
 // meets one, else 0.
 int64_t count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end,

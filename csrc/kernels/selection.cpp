@@ -118,6 +118,8 @@ class PrefixIndex {
     const int between = table_shift_ - shift_;
     for (size_t i = prefixes.size(); i-- > 0;)
       first_[prefixes[i] >> between] = int32_t(i);
+    for (int32_t row : first_)
+      holds_.push_back(row >= 0);
     if (prefixes.empty() || key != Element::float32)
       return;
     const uint32_t top = uint32_t(prefixes.back() >> between);
@@ -140,7 +142,7 @@ class PrefixIndex {
     for (int64_t i = 0; i < count; ++i) {  // without a branch: what is not wanted is overwritten
       const Bits key = K::of(x[i]);
       found[size] = key;
-      size += first_[key >> table_shift_] >= 0;
+      size += holds_[key >> table_shift_];
     }
     return size;
   }
@@ -160,7 +162,8 @@ class PrefixIndex {
   const std::vector<uint64_t>& prefixes_;
   int table_shift_;
   int shift_;
-  std::vector<int32_t> first_;
+  std::vector<int32_t> first_;  // by bin, or -1
+  std::vector<uint8_t> holds_;  // the same question in less cache
   KeyWindow window_;
 };
 
@@ -188,8 +191,17 @@ void histogram_any(const Source& source, int64_t begin, int64_t end, const Digit
     using K = Key<key_tag()>;
     const int shift = digit.shift;
     if (digit.prefixes.empty())
-      return for_chunks<T>(source, begin, end, [&](int64_t, const T* x, int64_t n) {
-        for (int64_t i = 0; i < n; ++i)
+      return for_chunks<T>(source, begin, end, [=](int64_t, const T* x, int64_t n) {
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) {  // read ahead of the counting, which may alias what is read
+          const auto a = K::of(x[i]), b = K::of(x[i + 1]);
+          const auto c = K::of(x[i + 2]), d = K::of(x[i + 3]);
+          ++counts[a >> shift];
+          ++counts[b >> shift];
+          ++counts[c >> shift];
+          ++counts[d >> shift];
+        }
+        for (; i < n; ++i)
           ++counts[K::of(x[i]) >> shift];
       });
     const int above = shift + digit.digit_bits;
@@ -287,22 +299,28 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
 template <class T, class K, class Level, class Special>
 void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* levels,
                     Special special) const {
-  const int16_t* table = table_.data();
+  // Copies, because a level that is written might otherwise be any of these.
+  const int16_t* const table = table_.data();
+  const uint64_t* const values = cuts_.values.data();
+  const size_t size = cuts_.values.size();
+  const int shift = shift_;
   int16_t found[kChunk];
-  for_chunks<T>(source, begin, end, [&](int64_t at, const T* x, int64_t n) {
-    int64_t size = 0;
+  for_chunks<T>(source, begin, end, [&, table, shift](int64_t at, const T* x, int64_t n) {
+    Level* const out = levels + at;
+    int64_t searched = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int16_t entry = table[K::of(x[i]) >> shift_];
-      levels[at + i] = Level(entry);
-      found[size] = int16_t(i);
-      size += entry < 0;
+      const int16_t entry = table[K::of(x[i]) >> shift];
+      out[i] = Level(entry);
+      found[searched] = int16_t(i);
+      searched += entry < 0;
     }
-    for (int64_t i = 0; i < size; ++i) {
+    for (int64_t i = 0; i < searched; ++i) {
       const uint64_t key = K::of(x[found[i]]);
-      size_t cut = size_t(-1 - table[key >> shift_]);
-      while (cut < cuts_.values.size() && cuts_.values[cut] < key)
+      size_t cut = size_t(-1 - table[key >> shift]);
+      cut += values[cut] < key;  // most bins hold one cut, and either side is as likely
+      while (cut < size && values[cut] < key)
         ++cut;
-      special(at + found[i], cut, cut < cuts_.values.size() && cuts_.values[cut] == key);
+      special(at + found[i], cut, cut < size && values[cut] == key);
     }
   });
 }

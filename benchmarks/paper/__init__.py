@@ -1,0 +1,1 @@
+"""The paper's experiments, on the user's data or on stand-ins: ``python -m benchmarks.paper``."""

@@ -1,0 +1,82 @@
+"""Whether two sets of data have examples in common, as far as can be told without reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+
+def overlap(first: Any, second: Any) -> bool:
+    """Whether two sets of data are known to share examples.
+
+    They do if they are one object, or loaders and subsets of one dataset without disjoint indices,
+    or tensors with rows at the same place in memory. Copies cannot be told.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.utils.data import Subset
+    >>> from confprune.overlap import overlap
+    >>> x = torch.zeros(10, 3)
+    >>> overlap(x[:6], x[6:]), overlap(x[:6], x[5:])
+    (False, True)
+    >>> data = TensorDataset(x)
+    >>> overlap(Subset(data, range(5)), Subset(data, range(5, 10))), overlap(data, DataLoader(data))
+    (False, True)
+    """
+    if first is second:
+        return True
+    one, other = _dataset(first), _dataset(second)
+    if one is not None and other is not None and one[0] is other[0]:
+        if one[1] is None or other[1] is None:
+            return True
+        return len(np.intersect1d(one[1], other[1])) > 0
+    rows = [_rows(tensor) for tensor in _tensors(second)]
+    return any(
+        len(np.intersect1d(_rows(tensor), other_rows)) > 0
+        for tensor in _tensors(first)
+        for other_rows in rows
+    )
+
+
+def _dataset(data: Any) -> tuple[Any, np.ndarray | None] | None:
+    """The dataset behind loaders and subsets, and the indices taken of it; None: all."""
+    if isinstance(data, DataLoader):
+        return _dataset(data.dataset)
+    if not isinstance(data, Dataset):
+        return None
+    if not isinstance(data, Subset):
+        return data, None
+    own = np.asarray(data.indices, dtype=np.int64)
+    inner = _dataset(data.dataset)
+    if inner is None:  # a plain sequence can be subset, too
+        return data.dataset, own
+    return inner[0], own if inner[1] is None else inner[1][own]
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    """The tensors that hold the examples, where they lie open."""
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, TensorDataset):
+        yield from data.tensors
+    elif isinstance(data, DataLoader):
+        yield from _tensors(data.dataset)
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _tensors(value)
+    elif isinstance(data, tuple | list):
+        for value in data:
+            yield from _tensors(value)
+
+
+def _rows(tensor: Tensor) -> np.ndarray:
+    """Where in memory each example begins."""
+    if tensor.numel() == 0 or tensor.ndim == 0:
+        return np.zeros(0, dtype=np.int64)
+    step = tensor.stride(0) * tensor.element_size()
+    return tensor.data_ptr() + step * np.arange(len(tensor), dtype=np.int64)
