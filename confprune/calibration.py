@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from confprune.batches import Forward, check_data
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
+from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
@@ -29,6 +30,9 @@ from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
 from confprune.scoring import plan_scoring
 from confprune.ways import resolve_ways
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TestingProcedure: TypeAlias = Callable[..., np.ndarray]
 """Testing of K p-values at level delta: (pvalues [K], delta) -> bool [K]."""
@@ -199,6 +203,7 @@ def calibrate(
     activation_bytes: int = ACTIVATION_BYTES,
     seed: int = 0,
     progress: bool = True,
+    group: ProcessGroup | None = None,
 ) -> Certificate:
     """The sparsest magnitude-pruned network whose risk is certified.
 
@@ -264,17 +269,27 @@ def calibrate(
         Of the order of the examples; recorded in the certificate.
     progress : bool
         Show a progress bar.
+    group : torch.distributed.ProcessGroup, optional
+        Ranks that share the work, such as ``torch.distributed.group.WORLD``: all call with the
+        same model, data and settings and read all of the data, each evaluates a part of the
+        examples, and the losses are put together before each look.
 
     Returns
     -------
     Certificate
+        The same on every rank of a group, and the same to the last bit as that of a single process
+        with as many threads on the same hardware.
         Nothing certifiable is an ordinary outcome: then `certificate.certified` is False.
 
     Raises
     ------
     ValueError, TypeError
         Before any work: for settings that contradict each other, data or outputs that do not fit,
-        NaN weights, or too few examples, in all or in a group, to certify even zero losses.
+        NaN weights, or too few examples, in all or in a group, to certify even zero losses; for
+        ranks whose models, data or settings differ.
+    RankError
+        If another rank of the group failed, with its reason, or did not come within the timeout of
+        the group.
 
     References
     ----------
@@ -296,33 +311,40 @@ def calibrate(
     >>> 0 < certificate.sparsity < 0.5
     True
     """
-    resolved = resolve_risks(loss, alpha, risks, pvalue)
-    grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
-    check_data(data, batch_size)
-    ways = resolve_ways(criterion, scope, pattern)
-    scoring = plan_scoring([way.criterion for way in ways], data, score_data, statistics)
-    question = Question(
-        risks=resolved,
-        delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
-        groups=groups,
-        accept=None if accept is None else resolve_accept(accept),
-        pvalue=pvalue,
-        procedure=resolve_procedure(procedure),
-        looks=looks,
-        order=order,
-        guarantee=guarantee,
-        seed=seed,
-        score_data=scoring.record,
-    )
-    question.check(data, len(ways))
-    where = model if device is None else _on_device(model, device)
-    reading: dict[str, Any] = {"forward": forward, "batch_size": batch_size, "progress": progress}
-    found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
-    levels = [
-        prune_levels(model, grid, parameters=parameters, statistics=found, **way._asdict())
-        for way in ways
-    ]
-    return certify(question, where, data, levels, activation_bytes=activation_bytes, **reading)
+    with Ranks(group).together() as ranks:
+        resolved = resolve_risks(loss, alpha, risks, pvalue)
+        grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
+        check_data(data, batch_size)
+        ways = resolve_ways(criterion, scope, pattern)
+        scoring = plan_scoring([way.criterion for way in ways], data, score_data, statistics)
+        question = Question(
+            risks=resolved,
+            delta=math.nan if guarantee == "expectation" else _needed_delta(delta),
+            groups=groups,
+            accept=None if accept is None else resolve_accept(accept),
+            pvalue=pvalue,
+            procedure=resolve_procedure(procedure),
+            looks=looks,
+            order=order,
+            guarantee=guarantee,
+            seed=seed,
+            score_data=scoring.record,
+        )
+        question.check(data, len(ways))
+        where = model if device is None else _on_device(model, device)
+        reading: dict[str, Any] = {
+            "forward": forward,
+            "batch_size": batch_size,
+            "progress": progress and ranks.rank == 0,
+        }
+        found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
+        levels = [
+            prune_levels(model, grid, parameters=parameters, statistics=found, **way._asdict())
+            for way in ways
+        ]
+        return certify(
+            question, where, data, levels, activation_bytes=activation_bytes, ranks=ranks, **reading
+        )
 
 
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:

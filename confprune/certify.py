@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from confprune.agreement import check_agreement
 from confprune.batches import (
     Forward,
     batches,
@@ -24,6 +25,7 @@ from confprune.batches import (
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData, binding_part
 from confprune.certificate.fingerprint import fingerprint
+from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, Findings, early_test, evaluate_all, fixed_test
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
@@ -34,6 +36,7 @@ from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
 from confprune.risk.testing import pareto_order, resolve_procedure
 from confprune.risks import Target, group_labels, resolve_targets
+from confprune.sharding import is_sharded
 
 
 def certify(
@@ -46,8 +49,15 @@ def certify(
     batch_size: int | None,
     activation_bytes: int,
     progress: bool,
+    ranks: Ranks,
 ) -> Certificate:
     """Evaluate, test, and write down what may be claimed."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"parameter {name!r} is sharded over ranks; calibration runs the whole model on "
+                "each: give one whose parameters are plain tensors"
+            )
     grids = [
         GridForward(
             model, levels, question.measures, forward=forward, activation_bytes=activation_bytes
@@ -58,10 +68,13 @@ def certify(
     order = None
     if permutable(data):
         order = random_order(data, question.seed)[question.scored :]
+    if ranks.size > 1:
+        weights = [pruning_of(model, levels).fingerprint for levels in ways]
+        check_agreement(ranks, question, data, batches(data, batch_size, order), ways, weights)
     names = _group_names(question, data, batch_size, order)
     candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
-    run = _Run(question, model, data, grids, losses, names, order, batch_size, progress)
+    run = _Run(question, model, data, grids, losses, names, order, batch_size, progress, ranks)
     if question.guarantee != "risk":
         certificate = run.control(ways[0])
     else:
@@ -73,8 +86,8 @@ def certify(
         note = "the order of the examples was taken as given, and for a random one"
         warnings.warn(note, UserWarning, stacklevel=3)
         notes.append(note)
-    for grid in grids:
-        notes += grid.notes
+    for found in ranks.objects([grid.notes for grid in grids]):
+        notes += itertools.chain.from_iterable(found)
     return replace(certificate, notes=(*certificate.notes, *dict.fromkeys(notes)))
 
 
@@ -92,6 +105,7 @@ class _Run:
         order: Tensor | None,
         batch_size: int | None,
         progress: bool,
+        ranks: Ranks,
     ) -> None:
         self.question = question
         self.model = model
@@ -102,11 +116,18 @@ class _Run:
         self.order = order
         self.reading: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         self.procedure = question.procedure
+        self.ranks = ranks
 
     def evaluation(self, candidates: Sequence[tuple[int, int]]) -> Evaluation:
         question = self.question
         return Evaluation(
-            self.model, self.grids, candidates, self.losses, question.accept, question.groups
+            self.model,
+            self.grids,
+            candidates,
+            self.losses,
+            question.accept,
+            question.groups,
+            self.ranks,
         )
 
     def ordered(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from confprune.criteria import Criterion, Scores
+from confprune.distributed import ALONE, Ranks
 from confprune.patterns import (
     Blocks,
     NOfM,
@@ -58,12 +59,23 @@ def check_scope(scope: str | None, criterion: Criterion, pattern: Pattern | None
     return scope
 
 
+def check_split(criterion: Criterion, scope: str, pattern: Pattern | None) -> None:
+    """Refuse what cannot be pruned where each rank holds only a part of the weights."""
+    if str(criterion) != "magnitude" or scope == "row" or pattern is not None:
+        raise ValueError(
+            "weights that are split over ranks compete one by one and by magnitude: leave pattern= "
+            f"out, use scope 'global' or 'layer' (not {scope!r}) and criterion 'magnitude' (not "
+            f"{str(criterion)!r}), or prune the whole model in one process"
+        )
+
+
 def compete(
     scores: Scores,
     grid: tuple[float, ...],
     scope: str,
     pattern: Pattern | None,
     inputs_first: Mapping[str, int],
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Let weights, blocks or rows compete, and say at which level each of them goes.
 
@@ -76,6 +88,8 @@ def compete(
     pattern : Pattern or None
     inputs_first : mapping
         See `confprune.layout`.
+    ranks : Ranks
+        Who else holds parts of the parameters; for what `check_split` allows.
 
     Returns
     -------
@@ -83,7 +97,7 @@ def compete(
         With a pattern its sparsities are those that can be reached.
     """
     if pattern is None and scope != "row":
-        return _weights(scores, grid, scope)
+        return _weights(scores, grid, scope, ranks)
     scores.check_weights()
     if isinstance(pattern, NOfM):
         check_inputs(scores.tensors, pattern, inputs_first)
@@ -97,15 +111,15 @@ def compete(
     return Outcome(grid, _counts(levels.values(), len(grid)), none, levels)
 
 
-def _weights(scores: Scores, grid: tuple[float, ...], scope: str) -> Outcome:
+def _weights(scores: Scores, grid: tuple[float, ...], scope: str, ranks: Ranks) -> Outcome:
     """Single weights that compete in one layer, or in all."""
     levels: dict[str, Tensor] = {}
     counts = np.zeros(len(grid), dtype=np.int64)
     thresholds = []
-    for group, sizes, key in _groups(scores, scope):
+    for group, sizes, key in _groups(scores, scope, ranks):
         _check_reachable(grid, scores.criterion, sizes)
-        cuts = select(group, [round(s * sum(sizes)) for s in grid], key)
-        levels.update(assign(group, cuts))
+        cuts = select(group, [round(s * sum(sizes)) for s in grid], key, ranks)
+        levels.update(assign(group, cuts, ranks))
         counts += cuts.counts
         thresholds.append(cuts.thresholds)
     return Outcome(
@@ -117,10 +131,11 @@ def _weights(scores: Scores, grid: tuple[float, ...], scope: str) -> Outcome:
 
 
 def _groups(
-    scores: Scores, scope: str
+    scores: Scores, scope: str, ranks: Ranks
 ) -> Iterator[tuple[Mapping[str, Tensor], list[int], torch.dtype | None]]:
     """The sets of scores that compete, with the sizes of their parameters, one set at a time."""
-    sizes = [tensor.numel() for tensor in scores.tensors.values()]
+    own = [tensor.numel() for tensor in scores.tensors.values()]
+    sizes = ranks.sum(np.array(own, dtype=np.int64)).tolist()
     if scope == "global":
         yield scores, sizes, scores.key
     else:

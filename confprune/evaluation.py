@@ -6,9 +6,10 @@ of an example are its losses at the candidates, its group, and where its predict
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from confprune.batches import (
     move_batch,
     slice_batch,
 )
+from confprune.distributed import ALONE, Ranks
 from confprune.grid import GridForward, evaluation_mode
 from confprune.losses import Loss
 from confprune.risk.bounds import upper_bound, upper_bound_from_sums
@@ -77,6 +79,10 @@ class Evaluation:
     losses : sequence of Loss
     accept : Loss, optional
     groups : key or callable, optional
+    ranks : Ranks
+        Who else evaluates: all go through the same data, and each chunk of examples is for one.
+        The chunks are those of a single process, because a network's outputs on an example may
+        depend in the last bits on how many others are with it.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Evaluation:
         losses: Sequence[Loss],
         accept: Loss | None = None,
         groups: Groups | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.losses = tuple(losses)
         self._model = model
@@ -94,6 +101,8 @@ class Evaluation:
         self._candidates = np.array(candidates, dtype=np.int64).reshape(-1, 2)
         self._accept = accept
         self._groups = groups
+        self.ranks = ranks
+        self._share = itertools.cycle([rank == ranks.rank for rank in range(ranks.size)])
         self._seen = 0
         self._order: Tensor | None = None
         self._bar = tqdm(disable=True)
@@ -122,6 +131,8 @@ class Evaluation:
     def __call__(self, batch: Any, active: IntArray) -> Evidence:
         """Evaluate the candidates at `active` [A] on the next examples.
 
+        What other ranks evaluate is 0 in it, until `completed`.
+
         Raises
         ------
         ValueError
@@ -138,7 +149,8 @@ class Evaluation:
             levels = level_of[columns].tolist()
             grid = self._grids[g]
             last = g == grids[-1]
-            part = grid.evaluate(batch, levels, done=self._bar.update if last else None)
+            done = self._bar.update if last else None
+            part = grid.evaluate(batch, levels, done=done, share=self._share)
             for loss, matrix in zip(self.losses, part, strict=False):
                 self._check_values(matrix, loss, levels, grid.levels.sparsities)
             values[:, :, columns] = part
@@ -148,6 +160,16 @@ class Evaluation:
         if self._groups is not None:
             labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
         return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
+
+    def completed(self, evidence: Evidence) -> Evidence:
+        """The evidence with what every rank has evaluated of it."""
+        if self.ranks.size == 1:
+            return evidence
+        accepted = evidence.accepted
+        if accepted is not None:
+            accepted = self.ranks.sum(accepted.astype(np.uint8)).astype(bool)
+        # One number and zeros: their sum is exact in any order.
+        return replace(evidence, losses=self.ranks.sum(evidence.losses), accepted=accepted)
 
     def _check_values(
         self, values: Tensor, loss: Loss, levels: Sequence[int], sparsities: Sequence[float]
@@ -181,7 +203,8 @@ def evaluate_all(
     """The evidence of all examples on all candidates."""
     active = np.arange(len(evaluation))
     with evaluation.stream(data, batch_size, order, progress) as stream:
-        parts = [evaluation(batch, active) for batch in stream]
+        own = [evaluation(batch, active) for batch in stream]
+    parts = [evaluation.completed(part) for part in own]
     accepted = [part.accepted for part in parts if part.accepted is not None]
     labels = [part.labels for part in parts if part.labels is not None]
     return Evidence(
@@ -282,23 +305,23 @@ def early_test(
         procedure=procedure.name,
     )
     accepted = np.zeros(len(evaluation))
+    seen, pending = 0, list[Evidence]()
     with evaluation.stream(data, batch_size, order, progress) as stream:
         for batch in stream:
             begin, size = 0, batch_length(batch)
             while begin < size and not test.finished:
-                end = min(size, begin + test.next_look - test.seen)
-                active = test.active
-                evidence = evaluation(slice_batch(batch, begin, end), active)
-                parts = [evidence.of(target, evaluation.losses) for target in targets]
-                if evidence.accepted is not None:
-                    accepted[active] += evidence.accepted.sum(axis=0)
-                test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+                end = min(size, begin + test.next_look - seen)
+                pending.append(evaluation(slice_batch(batch, begin, end), test.active))
+                seen += end - begin
                 begin = end
+                if seen == test.next_look or len(pending) == evaluation.ranks.size:
+                    accepted += _take_in(test, evaluation, targets, pending)
+                    pending.clear()
             if test.finished:
                 break
     if not test.finished:
         raise ValueError(
-            f"the last look is at {plan.n} examples, but the data ended after {test.seen}; looks "
+            f"the last look is at {plan.n} examples, but the data ended after {seen}; looks "
             "must end at the number of examples"
         )
     result = test.result()
@@ -307,6 +330,23 @@ def early_test(
     )
     rates = accepted / np.maximum(result.seen, 1) if evaluation.selective else None
     return Findings(result, bounds, rates)
+
+
+def _take_in(
+    test: SequentialTest,
+    evaluation: Evaluation,
+    targets: Sequence[Target],
+    pending: Sequence[Evidence],
+) -> FloatArray:
+    """Test on evidence that ends at a look at the latest; the acceptances of each candidate."""
+    active, accepted = test.active, np.zeros(len(evaluation))
+    for own in pending:
+        evidence = evaluation.completed(own)
+        parts = [evidence.of(target, evaluation.losses) for target in targets]
+        if evidence.accepted is not None:
+            accepted[active] += evidence.accepted.sum(axis=0)
+        test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+    return accepted
 
 
 def _bounds_at_looks(

@@ -6,18 +6,24 @@ import copy
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.competition import check_scope, compete
+from confprune.competition import check_scope, check_split, compete
 from confprune.criteria import CriterionLike, Scores, Statistics, resolve_criterion
+from confprune.distributed import ALONE, Ranks
 from confprune.layout import inputs_first as find_inputs_first
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
 from confprune.patterns import resolve_pattern
+from confprune.sharding import aligned, layer_counts, sharding_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +82,7 @@ class PruneLevels:
     def pruned_by_layer(self) -> dict[str, Tensor]:
         """For each parameter the number of its weights pruned at each level, [K] int64."""
         return {
-            name: torch.bincount(levels.flatten(), minlength=len(self) + 1).cumsum(0)[:-1].cpu()
+            name: layer_counts(levels, len(self) + 1).cumsum(0)[:-1]
             for name, levels in self.levels.items()
         }
 
@@ -140,6 +146,7 @@ def prune_levels(
     pattern: str | None = None,
     parameters: ParameterFilter | None = None,
     statistics: Statistics | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneLevels:
     """The prune level of every weight for a grid of sparsities.
 
@@ -164,16 +171,28 @@ def prune_levels(
         Default: the weights of linear layers and of convolutions of any dimension.
     statistics : mapping, optional
         What the criterion needs beside the weights: ``{"input_norm": {name: tensor}}``.
+    group : torch.distributed.ProcessGroup, optional
+        The ranks over which the weights are split; see `levels_of`. A model with DTensors
+        (``fully_shard``, tensor parallel) needs none: its mesh says it.
 
     Returns
     -------
     PruneLevels
+        Of a model with DTensors, `levels` are DTensors laid out as the parameters.
 
     Raises
     ------
     ValueError, TypeError
         For a bad grid, unknown names, nothing to prune, NaN weights, or missing statistics; for
         sparsities that would take weights that the criterion spares.
+    RankError
+        If another rank failed, with its reason.
+
+    Notes
+    -----
+    However the weights are split over ranks, the prune levels are those of the whole model in one
+    process, to the last bit. Between ranks pass histograms, few keys and counts of equals; weights
+    only where DTensors are split otherwise than by rows.
 
     Examples
     --------
@@ -186,16 +205,25 @@ def prune_levels(
     >>> levels.prune(model, 2).weight.tolist()
     [[3.0, 0.0, 0.0, -4.0]]
     """
-    prunable = detached(prunable_parameters(model, parameters))
-    return levels_of(
-        prunable,
-        sparsities,
-        scope=scope,
-        criterion=criterion,
-        pattern=pattern,
-        statistics=statistics,
-        inputs_first=find_inputs_first(model, prunable),
-    )
+    sharding = sharding_of(model.parameters()) if isinstance(model, nn.Module) else None
+    if sharding is not None and group is not None:
+        raise ValueError("group= was given, but the model's DTensors have one: leave it out")
+    with Ranks(group if sharding is None else sharding.group).together() as ranks:
+        prunable = detached(prunable_parameters(model, parameters))
+        ranks.meet()  # torch may move weights
+        levels = levels_of(
+            prunable if sharding is None else sharding.shards(prunable),
+            sparsities,
+            scope=scope,
+            criterion=criterion,
+            pattern=pattern,
+            statistics=statistics,
+            inputs_first=find_inputs_first(model, prunable),
+            ranks=ranks,
+        )
+        if sharding is None:
+            return levels
+        return replace(levels, levels=sharding.restored(levels.levels, prunable))
 
 
 def levels_of(
@@ -207,8 +235,16 @@ def levels_of(
     pattern: str | None = None,
     statistics: Statistics | None = None,
     inputs_first: Mapping[str, int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruneLevels:
     """The prune levels of bare tensors, as `prune_levels` has them for a model's parameters.
+
+    With `ranks`, as of ``with Ranks(group).together() as ranks:`` (`confprune.distributed`), each
+    gives what it holds of the tensors: some of them, or of each a part that comes, flattened,
+    before the part of the next rank. It gets the prune levels of these, the same as if one process
+    held all; `counts` and `thresholds` are those of all ranks, what follows from `levels` is of
+    this one. The tensors' order is that of rank 0, followed by what rank 1 has besides, and so on;
+    to state another, rank 0 gives empty tensors for what it does not hold.
 
     Examples
     --------
@@ -222,7 +258,10 @@ def levels_of(
     scope = check_scope(scope, chosen, structure)
     layout = dict(inputs_first or {})
     given = statistics or {}
-    outcome = compete(Scores(tensors, chosen, given), grid, scope, structure, layout)
+    if ranks.size > 1:
+        check_split(chosen, scope, structure)
+    scores = Scores(aligned(tensors, ranks), chosen, given)
+    outcome = compete(scores, grid, scope, structure, layout, ranks)
     return PruneLevels(
         sparsities=outcome.sparsities,
         counts=outcome.counts,

@@ -6,6 +6,9 @@ holds its cut, and how many keys of the bin are pruned. Where within the bin the
 guessed by interpolation, and the keys of a narrow bracket around it are collected and sorted; what
 stands under the bracket is counted, so that a bad guess is noticed, and further digits are counted
 instead. 16-bit floats need one read, the others two.
+
+Counts add, and a few keys are soon gathered: so the scores may be split over the ranks of a process
+group, and what passes between these is small beside the scores.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
+from confprune.distributed import ALONE, Ranks
 
 _FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
 _COLLECT = 1 << 17  # keys that are always few enough to be sorted
@@ -69,7 +73,10 @@ def key_type(scores: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def select(
-    scores: Mapping[str, Tensor], counts: Sequence[int], key: torch.dtype | None = None
+    scores: Mapping[str, Tensor],
+    counts: Sequence[int],
+    key: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> Cuts:
     """The cuts that prune the `counts[j]` smallest scores at each level j, all tensors competing.
 
@@ -81,6 +88,9 @@ def select(
         Non-decreasing, each at most the number of scores.
     key : torch.dtype, optional
         What `key_type` says of the scores, where that is known without reading them.
+    ranks : Ranks
+        Who else holds scores: the tensors of the same names, in the same order and of the same
+        types, are one after another, rank by rank, the whole. All ranks get the same cuts.
 
     Raises
     ------
@@ -108,7 +118,7 @@ def select(
         first = shift == _KEY_BITS[key]
         digit_bits = min(shift, _FIRST_DIGIT if first else _next_digit(len(prefixes), total))
         shift -= digit_bits
-        histogram = _count(scores, key, prefixes, shift, digit_bits)
+        histogram = ranks.sum(_count(scores, key, prefixes, shift, digit_bits))
         if first:
             _check_nan(scores, key, histogram[0], shift)
         cumulative = histogram.cumsum(axis=1)
@@ -122,7 +132,7 @@ def select(
         if shift == 0 or not len(cutting):
             break
         inside = _Inside(shift, prefixes, prefix[cutting], (rank - below)[cutting], equal[cutting])
-        found = _interpolate(scores, key, inside, total)
+        found = _interpolate(scores, key, inside, total, ranks)
         if found is not None:
             prefix[cutting], below_cut, equal[cutting] = found
             below[cutting] += below_cut
@@ -141,7 +151,7 @@ class _Inside(NamedTuple):
 
 
 def _interpolate(
-    scores: Mapping[str, Tensor], key: torch.dtype, inside: _Inside, total: int
+    scores: Mapping[str, Tensor], key: torch.dtype, inside: _Inside, total: int, ranks: Ranks
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """The cuts' keys, the keys below each in its bin, and those equal to it.
 
@@ -157,15 +167,16 @@ def _interpolate(
     np.maximum.at(high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64))
     sizes = np.zeros(len(inside.prefixes))
     sizes[row] = inside.size
-    limit = max(_COLLECT, total // 32)
+    limit = max(_COLLECT, total // 32 // ranks.size)  # every rank holds all keys collected
     if (sizes * (high - low + 1) / width).sum() > limit:
         return None
     low += inside.prefixes << inside.shift
     high += inside.prefixes << inside.shift
     below = np.zeros(len(inside.prefixes), dtype=np.int64)
     keys = _collect(scores, key, inside, low, high, 2 * limit, below)
-    if len(keys) > 2 * limit:
+    if ranks.sum(np.array([len(keys)]))[0] > 2 * limit:
         return None
+    keys, below = np.sort(ranks.concatenate(keys)), ranks.sum(below)
     start, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, "right")
     at = start[row] + inside.rank - below[row] - 1
     if np.any((at < start[row]) | (at >= stop[row])):
@@ -175,8 +186,10 @@ def _interpolate(
     return cut, below[row] + left - start[row], right - left
 
 
-def assign(scores: Mapping[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
+def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """The prune level of every score: uint8 up to 255 levels, int16 above; K where it survives all.
+
+    With `ranks`, as for `select`, those of this rank's scores.
 
     Examples
     --------
@@ -191,12 +204,24 @@ def assign(scores: Mapping[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
     first_level = np.append(cutting[starts], len(cuts.keys)).astype(np.int64)
     # In steps: all levels of one value see the same equals; the first takes the fewest of them.
     straddled = cuts.ties[first_level[:-1]] < cuts.equal[first_level[:-1]]
-    ranks = torch.zeros(len(values), dtype=torch.int64)
     tables = [torch.from_numpy(a) for a in (values, first_level, cuts.ties, straddled)]
-    return {
-        name: torch.ops.confprune.assign_levels(tensor, cuts.key, *tables, ranks)
-        for name, tensor in scores.items()
-    }
+    passed = torch.zeros(len(values), dtype=torch.int64)  # equals that stand before
+    levels = {}
+    for name, tensor in scores.items():
+        later = np.zeros(len(values), dtype=np.int64)
+        if ranks.size > 1 and straddled.any():
+            earlier, later = ranks.around(_equals(tensor, cuts.key, values))
+            passed += torch.from_numpy(earlier)
+        levels[name] = torch.ops.confprune.assign_levels(tensor, cuts.key, *tables, passed)
+        passed += torch.from_numpy(later)
+    return levels
+
+
+def _equals(scores: Tensor, key: torch.dtype, values: np.ndarray) -> np.ndarray:
+    """How many keys equal each of some increasing values, [values] int64."""
+    prefixes = np.unique(values >> 1)
+    counts = _count({"": scores}, key, prefixes, 0, 1)
+    return np.asarray(counts[np.searchsorted(prefixes, values >> 1), values & 1])
 
 
 def _count(
@@ -224,7 +249,7 @@ def _collect(
     limit: int,
     below: np.ndarray,
 ) -> np.ndarray:
-    """The keys in the bins' brackets, sorted, and the number under them added to `below`.
+    """The keys in the bins' brackets, and the number under them added to `below`.
 
     Ends early once there are more than `limit`.
     """
@@ -237,7 +262,7 @@ def _collect(
                 tensor, key, tables[0], inside.shift, *tables[1:3], left, tables[3]
             )
             found.append(keys.numpy())
-    return np.sort(np.concatenate(found))
+    return np.concatenate(found)
 
 
 def _check_nan(

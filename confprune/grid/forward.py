@@ -102,11 +102,16 @@ class GridForward:
 
     @torch.no_grad()
     def evaluate(
-        self, batch: Any, active: Sequence[int], done: Callable[[int], object] | None = None
+        self,
+        batch: Any,
+        active: Sequence[int],
+        done: Callable[[int], object] | None = None,
+        share: Iterator[bool] | None = None,
     ) -> Tensor:
         """The losses of each example of a batch at some levels, [losses, B, len(active)] float32.
 
-        `done` is told the number of examples each time some are.
+        `done` is told the number of examples each time some are. `share` says of each chunk of
+        examples in turn whether to evaluate it; the losses of the others are left 0.
 
         Raises
         ------
@@ -116,20 +121,24 @@ class GridForward:
         if self._footprint is None:
             self._prepare(batch)
         size = batch_length(batch)
-        result = torch.empty(len(self.losses), size, len(active), dtype=torch.float32)
+        result = torch.zeros(len(self.losses), size, len(active), dtype=torch.float32)
         for begin, end in self._example_chunks(size, len(active)):
-            part = slice_batch(batch, begin, end)
-            full = self._network(part)
-            reference = reference_of(full, part)
-            first = 0
-            while first < len(active):
-                chunk = active[first : first + self._level_chunk(end - begin)]
-                values = self._grid_losses(part, chunk, reference)
-                result[:, begin:end, first : first + len(chunk)] = values
-                first += len(chunk)
+            if share is None or next(share):
+                result[:, begin:end] = self._chunk_losses(slice_batch(batch, begin, end), active)
             if done is not None:
                 done(end - begin)
         return result
+
+    def _chunk_losses(self, batch: Any, active: Sequence[int]) -> Tensor:
+        """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
+        full = self._network(batch)
+        reference = reference_of(full, batch)
+        size, first, values = batch_length(batch), 0, []
+        while first < len(active):
+            chunk = active[first : first + self._level_chunk(size)]
+            values.append(self._grid_losses(batch, chunk, reference))
+            first += len(chunk)
+        return torch.cat(values, dim=-1)
 
     def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
         """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
