@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ QUICK = Sizes(0.3, rounds=3, seconds=1.0)
 
 
 def measure(sizes: Sizes, seed: int) -> list[Row]:
-    """For each type one sparsity, and the memory; then three, and one to the disk."""
+    """For each type one sparsity, and the memory; then three sparsities, and the command."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="confprune-") as name:
         folder = Path(name)
@@ -63,6 +62,8 @@ def measure(sizes: Sizes, seed: int) -> list[Row]:
             of = f"{sizes.gib:g} GiB of {dtype}"
             rows.append(_time_row(f"one sparsity, {of}", source, [0.5], sizes))
             rows.append(_memory_row(f"memory, {of}", source))
+            if dtype == "float32":
+                rows.append(_time_row(f"the command, {of}", source, [0.5], sizes, command=True))
             source.unlink()
         # As much is written in all: more would wait for the disk.
         third = sizes.gib / 3
@@ -70,7 +71,6 @@ def measure(sizes: Sizes, seed: int) -> list[Row]:
         write_checkpoint(source, third, "bfloat16", seed)
         of = f"{third:.3g} GiB of bfloat16"
         rows.append(_time_row(f"three sparsities, {of}", source, [0.3, 0.5, 0.7], sizes))
-        rows.append(_time_row(f"one sparsity, {of}", source, [0.5], sizes, flush=True))
     return rows
 
 
@@ -102,20 +102,21 @@ def write_checkpoint(path: Path, gib: float, dtype: str, seed: int) -> None:
 
 
 def _time_row(
-    what: str, source: Path, sparsities: list[float], sizes: Sizes, *, flush: bool = False
+    what: str, source: Path, sparsities: list[float], sizes: Sizes, *, command: bool = False
 ) -> Row:
-    """Against one `cp` an output; with a flush, until both are on the disk."""
-    outputs = [source.with_name(f"copy-{j}") for j in range(len(sparsities))]
+    """Against one `cp` an output."""
+    out = source.with_name("pruned-{sparsity}")
 
     def copy(_: object) -> None:
-        for path in outputs:
-            subprocess.run(["cp", source, path], check=True)
-            if flush:
-                subprocess.run(["sync", path], check=True)
+        for j in range(len(sparsities)):
+            subprocess.run(["cp", source, source.with_name(f"copy-{j}")], check=True)
 
     def prune(_: object) -> None:
-        out = source.with_name("pruned-{sparsity}")
         checkpoint.prune(source, out, sparsity=sparsities, progress=False)
+
+    def call(_: object) -> None:
+        run = [sys.executable, "-m", "confprune", "prune", source, f"--out={out}", "--sparsity"]
+        subprocess.run([*run, *map(str, sparsities)], check=True, capture_output=True)
 
     def clean() -> None:
         """Leave no old output, and the disk idle."""
@@ -124,31 +125,20 @@ def _time_row(
                 path.unlink()
         os.sync()
 
-    contenders = {"confprune": Contender(prune, clean), "cp": Contender(copy, clean)}
-    with _flushes(flush):
-        times = interleaved(contenders, rounds=sizes.rounds, seconds=sizes.seconds)
+    contenders = {
+        "confprune": Contender(call if command else prune, clean),
+        "cp": Contender(copy, clean),
+    }
+    times = interleaved(contenders, rounds=sizes.rounds, seconds=sizes.seconds)
     clean()
-    one = len(sparsities) == 1
-    peer = "`cp`" if one else f"`cp`, {len(sparsities)} times"
+    one = len(sparsities) == 1 and not command
     return compare(
-        f"{what}, {'on the disk' if flush else 'in the page cache'}",
+        what,
         times["confprune"],
-        f"{peer} and `sync`" if flush else peer,
+        "`cp`" if len(sparsities) == 1 else f"`cp`, {len(sparsities)} times",
         times["cp"],
         target=at_most(TIMES_COPYING) if one else NO_TARGET,
     )
-
-
-@contextmanager
-def _flushes(wanted: bool) -> Iterator[None]:
-    """Whether what is written is waited for, as `cp` does not."""
-    fsync = os.fsync
-    try:
-        if not wanted:
-            os.fsync = lambda descriptor: None
-        yield
-    finally:
-        os.fsync = fsync
 
 
 def _memory_row(what: str, source: Path) -> Row:

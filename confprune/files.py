@@ -92,12 +92,13 @@ class Draft:
             count = os.pwrite(self._descriptor, rest[:_WRITE], offset)
             rest, offset = rest[count:], offset + count
 
-    def flush(self) -> None:
-        """Bring everything to the disk."""
-        os.fsync(self._descriptor)
-
     def place(self, path: Path) -> None:
-        """Give it its name, in place of any old file of that name, on the disk of its folder."""
+        """Give it its name, in place of any old file of that name, on the disk of its folder.
+
+        What takes the place of an old file is on the disk before.
+        """
+        if self._name is not None or path.exists():
+            os.fsync(self._descriptor)
         if self._name is not None:
             os.replace(self._name, path)
             return

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import confprune
-from confprune import checkpoint, criteria
-from confprune.checkpoint import cuts, pruning
+from confprune import checkpoint
+from confprune.checkpoint import pruning, weights
 from confprune.checkpoint.layout import read_layout
 from confprune.levels import levels_of
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def small_blocks(monkeypatch):
     """A block holds three weights of the widest type."""
     monkeypatch.setattr(pruning, "BLOCK", 24)
-    monkeypatch.setattr(cuts, "_BLOCK", 24)
+    monkeypatch.setattr(weights, "_BLOCK", 24)
 
 
 def stored(path):
@@ -127,25 +127,48 @@ def test_a_file_is_pruned_as_the_network_would_be(folder):
     assert pruned.names == ("0.weight", "2.weight")
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
+WAYS = [
+    {"criterion": "lamp"},
+    {"criterion": "magnitude(min_per_layer=9)", "scope": "layer"},
+    {"criterion": "random(seed=3)", "scope": "row"},
+    {"scope": "row"},
+    {"pattern": "2x2"},
+    {"pattern": "N:4"},
+    {"pattern": "rows", "criterion": "erdos_renyi_kernel"},
+]
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("small_blocks")
-def test_any_criterion_sees_whole_tensors(folder, monkeypatch, dtype, scope):
-    monkeypatch.setitem(
-        criteria.CRITERIA, "centred", lambda weight: weight.double() - weight.double().mean()
-    )
-    tensors = {"a.weight": torch.randn(5, 4).to(dtype), "b.weight": torch.rand(3, 7).to(dtype)}
+def test_files_are_pruned_in_every_way_that_networks_are(folder, dtype, how):
+    tensors = {"a.weight": torch.randn(8, 4).to(dtype), "b.weight": torch.rand(4, 12).to(dtype)}
     save_file(tensors, folder / "model.safetensors")
-    how = {"scope": scope, "criterion": "centred"}
-    checkpoint.prune(
-        folder / "model.safetensors",
-        folder / "pruned.safetensors",
-        sparsity=0.5,
-        progress=False,
-        **how,
+    out = folder / "pruned-{sparsity}.safetensors"
+    pruned = checkpoint.prune(
+        folder / "model.safetensors", out, sparsity=[0.25, 0.5], progress=False, **how
     )
-    (expected,) = pruned_in_memory(stored(folder / "model.safetensors"), [0.5], **how)
-    assert_same(stored(folder / "pruned.safetensors"), expected)
+    before = stored(folder / "model.safetensors")
+    levels = levels_of(before, [0.25, 0.5], **how)
+    assert pruned.sparsities == levels.sparsities
+    assert pruned.counts == tuple(levels.counts.tolist())
+    expected = pruned_in_memory(before, [0.25, 0.5], **how)
+    for path, tensors, sparsity in zip(pruned.paths, expected, levels.sparsities, strict=True):
+        assert path.name == f"pruned-{sparsity}.safetensors"
+        assert_same(stored(path), tensors)
+
+
+def test_sparsities_that_a_pattern_cannot_reach_become_those_it_can(folder):
+    save_file({"fc.weight": torch.randn(4, 8)}, folder / "model.safetensors")
+    pruned = checkpoint.prune(
+        folder / "model.safetensors",
+        folder / "pruned-{sparsity}.safetensors",
+        sparsity=[0.45, 0.5],
+        pattern="N:4",
+        progress=False,
+    )
+    assert [path.name for path in pruned.paths] == ["pruned-0.5.safetensors"]
+    assert pruned.counts == (16,)
 
 
 def test_pruned_weights_are_plain_zeros(folder):
@@ -236,7 +259,7 @@ def test_metadata_gain_the_sparsity_and_lose_what_is_no_longer_true(folder, befo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_does_not_grow_with_the_file(folder, monkeypatch, dtype):
     monkeypatch.setattr(pruning, "BLOCK", 1 << 16)
-    monkeypatch.setattr(cuts, "_BLOCK", 1 << 18)
+    monkeypatch.setattr(weights, "_BLOCK", 1 << 18)
     weight = torch.randn(3 << 20).to(dtype)
     weight = weight[: (6 << 20) // dtype.itemsize].view(1024, -1)
     save_file({"fc.weight": weight}, folder / "model.safetensors")
@@ -251,13 +274,12 @@ def test_memory_does_not_grow_with_the_file(folder, monkeypatch, dtype):
 
 def test_several_sparsities_read_the_weights_once_for_all(folder, monkeypatch):
     save_file({"fc.weight": torch.randn(8, 8)}, folder / "model.safetensors")
-    read = []
+    read, real = [], pruning.tensor_blocks
     monkeypatch.setattr(
         pruning,
-        "scored_blocks",
+        "tensor_blocks",
         lambda tensor, *rest: read.append(tensor.name) or real(tensor, *rest),
     )
-    real = cuts.scored_blocks
     grid = [0.1, 0.2, 0.3]
     out = folder / "pruned-{sparsity}.safetensors"
     checkpoint.prune(folder / "model.safetensors", out, sparsity=grid, progress=False)

@@ -27,6 +27,11 @@ def certified_tensors(checkpoint: Checkpoint, certificate: Certificate) -> list[
         )
     if not certificate.certified:
         raise ValueError("the certificate certifies no sparsity")
+    if certificate.pruning.statistics:
+        raise ValueError(
+            f"criterion {certificate.pruning.criterion!r} needs more than the weights, and neither "
+            "file holds it: prune the network itself, with certificate.prune(model)"
+        )
     stored = {tensor.name: tensor for tensor in checkpoint.tensors}
     # Of tied weights the file may hold one; its metadata say under which name.
     kept = checkpoint.metadata
@@ -58,5 +63,5 @@ def tied_copies(
 
 def _entry(tensor: StoredTensor) -> dict[str, object]:
     dtype = PRUNABLE_DTYPES.get(tensor.dtype, tensor.dtype)
-    blocks = tensor_blocks(tensor)
+    blocks = tensor_blocks(tensor, 0, tensor.nbytes)
     return fingerprint_entry(tensor.shape, dtype, (block.data for block in ahead(blocks)))

@@ -91,18 +91,13 @@ class Output:
         with self._named_errors():
             self._drafts[file].write(data, offset)
 
-    def flush(self) -> None:
-        """Bring everything to the disk."""
-        with self._named_errors():
-            for draft in self._drafts.values():
-                draft.flush()
-
     def place(self) -> None:
         """Give it its name, at once."""
         folder = self._checkpoint.folder
         if folder is None:
             (draft,) = self._drafts.values()
-            draft.place(self._target)
+            with self._named_errors():
+                draft.place(self._target)
             return
         temporary = temporary_name(self._target)
         temporary.mkdir()

@@ -6,25 +6,28 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from confprune.checkpoint.certified import certified_tensors, tied_copies
 from confprune.checkpoint.choice import choose, pruned_tensors
-from confprune.checkpoint.cuts import Progress, find_cuts, reads
 from confprune.checkpoint.layout import StoredTensor
-from confprune.checkpoint.masking import Masks
-from confprune.checkpoint.metadata import certified_record, plain_record
 from confprune.checkpoint.output import Output, check_space, output_paths
-from confprune.checkpoint.reading import BLOCK, Buffers, Bytes, ahead, file_blocks
-from confprune.checkpoint.scores import scored_blocks
+from confprune.checkpoint.reading import (
+    BLOCK,
+    Buffers,
+    Bytes,
+    ahead,
+    file_blocks,
+    tensor_blocks,
+)
 from confprune.checkpoint.source import Checkpoint, open_checkpoint
-from confprune.criteria import Criterion, resolve_criterion
-from confprune.levels import SCOPES, check_sparsities
+from confprune.checkpoint.task import Selected, Task, certified_task, plain_task
+from confprune.criteria import CriterionLike, resolve_criterion
+from confprune.levels import check_sparsities
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
@@ -39,7 +42,7 @@ class Pruned:
     paths : tuple of pathlib.Path
         The file or folder of each sparsity.
     sparsities : tuple of float
-        The sparsities.
+        The sparsities: with a pattern, those that it can reach.
     counts : tuple of int
         How many weights were pruned at each.
     total : int
@@ -61,8 +64,9 @@ def prune(
     *,
     sparsity: float | Sequence[float] | None = None,
     certificate: Certificate | None = None,
-    scope: str = "global",
-    criterion: str = "magnitude",
+    scope: str | None = None,
+    criterion: CriterionLike = "magnitude",
+    pattern: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
@@ -75,9 +79,9 @@ def prune(
     prune, to the last bit. Everything else stays as it is, to the last bit as well; the metadata of
     the files gain the sparsity.
 
-    The source is read twice or three times in pieces (once to write; before that once for 16-bit
-    weights, twice for float32, more often for float64). Nothing but pieces is in memory. The
-    outputs appear when all of them are complete and on the disk; until then, nothing changes.
+    The source is read in pieces, once to select 16-bit weights and twice to select others, and once
+    to write; nothing but pieces is in memory. The outputs appear when all of them are complete;
+    until then, nothing changes. What takes the place of an old file is on the disk before.
 
     Parameters
     ----------
@@ -92,9 +96,10 @@ def prune(
         increasing, give one output each, for one selection and one read of the source.
     certificate : Certificate, optional
         Prune what it was made for, to the sparsity that it certifies.
-    scope, criterion : str
-        As for `confprune.prune_levels`; with a certificate, its own. A criterion other than
-        ``"magnitude"`` has each tensor whole in memory.
+    scope, criterion, pattern : optional
+        As for `confprune.prune_levels`; with a certificate, its own. With a criterion other than
+        ``"magnitude"``, a pattern, or the scope ``"row"``, the weights are mapped into memory, and
+        a byte for each is in memory beside.
     include, exclude : sequence of str, optional
         Patterns of names; see `choose`, which tells what they lead to.
     progress : bool
@@ -108,8 +113,8 @@ def prune(
     ------
     ValueError
         If the source is not a whole checkpoint; if nothing in it is to be pruned; if a weight is
-        NaN; if the certificate certifies nothing or was made for other weights (the difference is
-        named); if `out` does not fit.
+        NaN; if the certificate certifies nothing, was made for other weights (the difference is
+        named), or by a criterion that needs more than the weights; if `out` does not fit.
     OSError
         If a file is missing, cannot be read or written, or the disk is full.
 
@@ -137,118 +142,52 @@ def prune(
         raise ValueError("include and exclude go with sparsity: a certificate has its own")
     checkpoint = open_checkpoint(source)
     if certificate is not None:
-        task = _certified_task(checkpoint, certificate)
+        task = certified_task(checkpoint, certificate)
     else:
         grid = check_sparsities(np.atleast_1d(np.asarray(sparsity, dtype=np.float64)))
-        task = _Task(
-            grid,
-            [plain_record(value) for value in grid],
-            pruned_tensors(choose(checkpoint, include=include, exclude=exclude)),
-            scope,
-            criterion,
-        )
-    if task.scope not in SCOPES:
-        raise ValueError(f"scope {task.scope!r} is unknown; choose from {list(SCOPES)}")
-    score = resolve_criterion(task.criterion)
-    paths = output_paths(out, task.sparsities, checkpoint)
-    check_space(checkpoint, paths)
+        tensors = pruned_tensors(choose(checkpoint, include=include, exclude=exclude))
+        task = plain_task(tensors, grid, scope, resolve_criterion(criterion), pattern)
+    check_space(checkpoint, output_paths(out, task.sparsities, checkpoint))
     if checkpoint.unpruned_weights:
         warnings.warn(
             f"copied as they are, not pruned: {', '.join(checkpoint.unpruned_weights)}",
             stacklevel=2,
         )
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                total=_work(checkpoint, task, score),
-                desc="pruning",
-                unit="B",
-                unit_scale=True,
-                delay=1,
-                disable=not progress,
-            )
-        )
-        masks = _masks(task, score, bar.update)
+        total = task.nbytes + len(task.sparsities) * checkpoint.nbytes
+        bar = stack.enter_context(_bar(total, progress))
+        selected = task.select(bar)
+        paths = output_paths(out, selected.sparsities, checkpoint)
         outputs = [
-            Output(checkpoint, path, record, stack)
-            for path, record in zip(paths, task.records, strict=True)
+            Output(checkpoint, path, task.record(reached), stack)
+            for path, reached in zip(paths, selected.sparsities, strict=True)
         ]
-        _copy_kept(checkpoint, task, outputs, bar.update)
-        _write_pruned(task, masks, score, outputs, bar.update)
-        for output in outputs:
-            output.flush()
+        _copy_kept(checkpoint, task, outputs, bar)
+        _write_pruned(task, selected, outputs, bar)
         for output in outputs:
             output.place()
     return Pruned(
         paths=tuple(paths),
-        sparsities=task.sparsities,
-        counts=tuple(sum(column) for column in zip(*map(task.counts, task.groups), strict=True)),
-        total=sum(tensor.size for tensor in task.tensors),
+        sparsities=selected.sparsities,
+        counts=selected.counts,
+        total=task.total,
         names=tuple(tensor.name for tensor in task.tensors),
     )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is to be pruned, and how."""
-
-    sparsities: tuple[float, ...]
-    records: list[dict[str, str]]
-    tensors: list[StoredTensor]
-    scope: str
-    criterion: str
-    copies: dict[str, list[StoredTensor]] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> list[list[StoredTensor]]:
-        """The tensors that compete with one another."""
-        return [self.tensors] if self.scope == "global" else [[t] for t in self.tensors]
-
-    def counts(self, group: list[StoredTensor]) -> list[int]:
-        """How many weights of a group are pruned at each level."""
-        size = sum(tensor.size for tensor in group)
-        return [round(sparsity * size) for sparsity in self.sparsities]
-
-    def places(self, tensor: StoredTensor) -> list[StoredTensor]:
-        """Where a pruned tensor is stored."""
-        return [tensor, *self.copies.get(tensor.name, ())]
-
-
-def _certified_task(checkpoint: Checkpoint, certificate: Certificate) -> _Task:
-    tensors = certified_tensors(checkpoint, certificate)
-    pruning = certificate.pruning
-    assert pruning is not None
-    return _Task(
-        (certificate.sparsity,),
-        [certified_record(certificate)],
-        tensors,
-        pruning.scope,
-        pruning.criterion,
-        tied_copies(checkpoint, tensors),
+def _bar(total: int, progress: bool) -> tqdm:
+    """Bytes read to select, and bytes written."""
+    return tqdm(
+        total=total, desc="pruning", unit="B", unit_scale=True, delay=1, disable=not progress
     )
 
 
-def _work(checkpoint: Checkpoint, task: _Task, score: Criterion) -> int:
-    """Bytes that are counted, and bytes that are written."""
-    counted = sum(
-        reads(group, task.counts(group), score) * sum(tensor.nbytes for tensor in group)
-        for group in task.groups
-    )
-    return counted + len(task.sparsities) * checkpoint.nbytes
-
-
-def _masks(task: _Task, score: Criterion, progress: Progress) -> list[Masks]:
-    return [Masks(find_cuts(group, task.counts(group), score, progress)) for group in task.groups]
-
-
-def _copy_kept(
-    checkpoint: Checkpoint, task: _Task, outputs: Sequence[Output], progress: Progress
-) -> None:
+def _copy_kept(checkpoint: Checkpoint, task: Task, outputs: Sequence[Output], bar: tqdm) -> None:
     """Write everything but the pruned tensors."""
     pruned = {(p.path, p.name) for tensor in task.tensors for p in task.places(tensor)}
     ranges = [(file, 0, file.stat().st_size) for file in checkpoint.rest]
     for layout in checkpoint.layouts:
-        progress(len(outputs) * layout.data_start)
+        bar.update(len(outputs) * layout.data_start)
         ranges += [
             (layout.path, tensor.start, tensor.end)
             for tensor in layout.tensors
@@ -257,7 +196,7 @@ def _copy_kept(
     for file, start, block in ahead(_blocks(ranges)):
         for output in outputs:
             output.write(file, start, block.data)
-            progress(len(block))
+            bar.update(len(block))
 
 
 def _blocks(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[tuple[Path, int, Bytes]]:
@@ -269,30 +208,24 @@ def _blocks(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[tuple[Path, int
             start += len(block)
 
 
-def _write_pruned(
-    task: _Task,
-    masks: Sequence[Masks],
-    score: Criterion,
-    outputs: Sequence[Output],
-    progress: Progress,
-) -> None:
+def _write_pruned(task: Task, selected: Selected, outputs: Sequence[Output], bar: tqdm) -> None:
     """Write the pruned tensors, in the order of ties."""
-    for output, place, start, data in ahead(_pruned_blocks(task, masks, score, outputs)):
-        output.write(place.path, start, data)
-        progress(data.nbytes)
+    for output, place, start, data in ahead(_pruned_blocks(task, selected, outputs)):
+        output.write(place.path, place.start + start, data)
+        bar.update(data.nbytes)
 
 
 def _pruned_blocks(
-    task: _Task, masks: Sequence[Masks], score: Criterion, outputs: Sequence[Output]
+    task: Task, selected: Selected, outputs: Sequence[Output]
 ) -> Iterator[tuple[Output, StoredTensor, int, memoryview]]:
     """What goes where in place of the pruned tensors."""
     read, pruned_buffers = Buffers(), Buffers()
-    for group, mask in zip(task.groups, masks, strict=True):
-        for tensor in group:
-            offset = 0
-            for block in scored_blocks(tensor, score, BLOCK, read):
-                levels = mask.masked(block, pruned_buffers)
-                for output, pruned in zip(outputs, levels, strict=True):
-                    for place in task.places(tensor):
-                        yield output, place, place.start + offset, pruned.data
-                offset += block.weights.nbytes
+    for tensor in task.tensors:
+        masks = selected.masks[tensor.name]
+        start = 0
+        for block in tensor_blocks(tensor, 0, tensor.nbytes, BLOCK, read):
+            levels = masks.masked(tensor, start, block, pruned_buffers)
+            for output, pruned in zip(outputs, levels, strict=True):
+                for place in task.places(tensor):
+                    yield output, place, start, pruned.data
+            start += len(block)

@@ -73,17 +73,21 @@ def file_blocks(
 
 
 def tensor_blocks(
-    tensor: StoredTensor, size: int = BLOCK, buffers: Buffers | None = None
+    tensor: StoredTensor,
+    start: int,
+    end: int,
+    size: int = BLOCK,
+    buffers: Buffers | None = None,
 ) -> Iterator[Bytes]:
-    """The bytes of a tensor, at most `size` at a time, good as `Buffers` says.
+    """As `file_blocks`, of bytes within a tensor, for which the place counts from its start.
 
     Raises
     ------
     OSError
-        If the file ends before the tensor does, naming both.
+        If the file ends before, naming tensor and file.
     """
     try:
-        yield from file_blocks(tensor.path, tensor.start, tensor.end, size, buffers)
+        yield from file_blocks(tensor.path, tensor.start + start, tensor.start + end, size, buffers)
     except EOFError as error:
         raise OSError(f"tensor {tensor.name!r} cannot be read: {error}") from error
 
