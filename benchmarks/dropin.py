@@ -37,7 +37,7 @@ class Sizes:
 
 
 FULL = Sizes(10_000_000, rounds=9, seconds=6.0)
-QUICK = Sizes(100_000, rounds=3, seconds=0.5)
+QUICK = Sizes(1_000_000, rounds=3, seconds=0.5)
 
 
 def _pairs(model: nn.Sequential) -> list[tuple[nn.Module, str]]:

@@ -13,6 +13,14 @@ from torch.nn.utils import prune as theirs
 import confprune.nn.utils.prune as ours
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _however_few(monkeypatch):
+    """The networks here are small, for which it would leave the work to torch."""
+    monkeypatch.setattr(ours, "_FEW", 0)
+
+
 BOTH = pytest.mark.parametrize("prune", [ours, theirs], ids=["confprune", "torch"])
 
 
@@ -172,6 +180,18 @@ def test_torch_s_own_class_is_fast_too(monkeypatch):
     ours.global_unstructured(iter(weights(net)), ours.L1Unstructured, amount=0)
     ours.l1_unstructured(net[2], "weight", 3)
     assert torch.equal(net[0].weight_mask, other[0].weight_mask)
+
+
+def test_few_weights_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(ours, "_FEW", 60)
+    monkeypatch.setattr(ours, "select", None)
+    nets = []
+    for prune in (ours, theirs):
+        net = network()
+        prune.global_unstructured(weights(net), prune.L1Unstructured, amount=0.5)
+        prune.l1_unstructured(net[2], "weight", 3)
+        nets.append(net)
+    assert_same(*nets)
 
 
 def test_ties_go_to_the_first():

@@ -5,12 +5,12 @@ Change one import::
     import confprune.nn.utils.prune as prune  # was: import torch.nn.utils.prune as prune
 
 Signatures, results and errors are torch's: masks are buffers, `remove` and `is_pruned` work, and
-repeated pruning accumulates. Everything else of the module is torch's own. The one difference:
-among equal magnitudes the first are pruned, where torch's choice is unspecified.
+repeated pruning accumulates. Everything else of the module is torch's own. Only among equal
+magnitudes, where torch's choice is unspecified, may other ones be pruned: the first.
 
 What is faster is magnitude pruning on the CPU: the weights to prune are found by confprune's
-selection, without sorting or copying the weights. Weights on other devices, or with NaN, go to
-torch.
+selection, without sorting or copying the weights. Few weights, weights on other devices, and
+weights with NaN go to torch.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from torch.nn.utils.prune import (
 
 from confprune.parameters import DTYPES
 from confprune.selection import assign, select
+
+_FEW = 1 << 14  # weights below which torch is as fast
 
 __all__ = [
     "BasePruningMethod",
@@ -229,6 +231,8 @@ def _kept(scores: Sequence[Tensor], amount: int | float) -> list[Tensor] | None:
     ):
         return None
     total = sum(tensor.numel() for tensor in scores)
+    if total < _FEW:
+        return None
     count = amount if isinstance(amount, numbers.Integral) else round(amount * total)
     if count > total:
         raise ValueError(f"amount={amount} is more than the {total} parameters there are to prune")
