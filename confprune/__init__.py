@@ -11,7 +11,7 @@
 
 __version__ = "0.1.0"
 
-from confprune import criteria, losses, risk
+from confprune import checkpoint, criteria, losses, risk
 from confprune.calibration import calibrate, calibrate_losses, loss_matrix
 from confprune.certificate import Certificate, VerificationError
 from confprune.input_norms import input_norms
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "calibrate_losses",
+    "checkpoint",
     "confident",
     "criteria",
     "input_norms",

@@ -200,15 +200,26 @@ def _add_prune(commands: Any) -> None:
     command = _command(
         commands,
         "prune",
-        "prune the weights in a safetensors file, by a certificate or to a sparsity",
+        "prune a safetensors checkpoint of any size, by a certificate or to a sparsity",
         "model.safetensors --certificate run/certificate.json --out pruned.safetensors",
         "model.safetensors --sparsity 0.5 --out pruned.safetensors",
+        "model_folder --sparsity 0.3 0.5 0.7 --out 'pruned-{sparsity}'",
     )
-    command.add_argument("file", type=Path, metavar="FILE", help="safetensors file to prune")
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="safetensors file, the .safetensors.index.json of several, or the folder of either, "
+        "whose other files are copied",
+    )
     how = command.add_mutually_exclusive_group(required=True)
     how.add_argument("--certificate", type=Path, metavar="FILE", help="prune as certified")
     how.add_argument(
-        "--sparsity", type=_sparsity, metavar="S", help="prune this share, without a guarantee"
+        "--sparsity",
+        type=_sparsity,
+        nargs="+",
+        metavar="S",
+        help="prune this share, without a guarantee; several, increasing, give an output each",
     )
     for name, default, text in _PRUNING:
         command.add_argument(name, help=f"with --sparsity: {text} (default: {default})")
@@ -217,7 +228,7 @@ def _add_prune(commands: Any) -> None:
         action="append",
         metavar="PATTERN",
         help="with --sparsity: prune the tensors of such names, such as 'encoder.*.weight' "
-        "(default: matrices and kernels named weight, without embeddings and norms)",
+        "(default: weights of linear and convolution layers, told by name and shape)",
     )
     command.add_argument(
         "--exclude",
@@ -225,7 +236,20 @@ def _add_prune(commands: Any) -> None:
         metavar="PATTERN",
         help="with --sparsity: leave the tensors of such names as they are",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="with --sparsity: list the tensors and what becomes of them, and write nothing",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="file to write, or new folder where the checkpoint has several files; {sparsity} in "
+        "it stands for the sparsity",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_report(commands: Any) -> None:

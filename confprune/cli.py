@@ -185,8 +185,10 @@ def _accept(options: argparse.Namespace) -> confprune.Loss | None:
 
 def _prune(options: argparse.Namespace) -> int:
     if options.certificate is None:
-        levels = checkpoint.prune(
-            options.file,
+        if options.dry_run:
+            return _list_choices(options)
+        pruned = checkpoint.prune(
+            options.source,
             options.out,
             sparsity=options.sparsity,
             scope=options.scope,
@@ -194,18 +196,38 @@ def _prune(options: argparse.Namespace) -> int:
             pattern=None if options.pattern == "none" else options.pattern,
             include=options.include,
             exclude=options.exclude,
+            progress=not options.quiet,
         )
     else:
-        for name in ("scope", "criterion", "pattern", "include", "exclude"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name} goes with --sparsity: a certificate has its own")
+        for name in ("scope", "criterion", "pattern", "include", "exclude", "dry_run"):
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} goes with --sparsity: a certificate has its own")
         certificate = Certificate.load(options.certificate)
         if not certificate.certified:
             return _say(options, f"{options.certificate} certifies no sparsity", NOT_CERTIFIED)
-        levels = checkpoint.prune(options.file, options.out, certificate=certificate)
+        pruned = checkpoint.prune(
+            options.source, options.out, certificate=certificate, progress=not options.quiet
+        )
+    for path, count in zip(pruned.paths, pruned.counts, strict=True):
+        print(
+            f"{path}: pruned {count:,} of {pruned.total:,} weights in {len(pruned.names)} tensors"
+        )
+    return DONE
+
+
+def _list_choices(options: argparse.Namespace) -> int:
+    choices = checkpoint.choose(options.source, include=options.include, exclude=options.exclude)
+    width = max(len(choice.tensor.name) for choice in choices)
+    for choice in choices:
+        tensor = choice.tensor
+        fate = "prune" if choice.kept is None else f"keep: {choice.kept}"
+        print(f"{tensor.name:{width}}  {tensor.dtype:4} {list(tensor.shape)!s:20} {fate}")
+    sizes = [choice.tensor.size for choice in choices if choice.kept is None]
+    total = sum(choice.tensor.size for choice in choices)
     print(
-        f"{options.out}: pruned {int(levels.counts[0]):,} of {levels.total:,} weights "
-        f"in {len(levels.levels)} tensors"
+        f"{options.source}: {sum(sizes):,} of {total:,} weights can be pruned, "
+        f"in {len(sizes)} of {len(choices)} tensors; nothing was written"
     )
     return DONE
 
@@ -264,7 +286,7 @@ def _made(argument: str, name: str) -> Any:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    checkpoint.read(path)  # names what is wrong with the file itself
+    checkpoint.read_layout(path)  # names what is wrong with the file itself
     try:
         load_model(model, path)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: a crash leaves the old one."""
+"""Write files whole or not at all: a crash leaves the old ones."""
 
 from __future__ import annotations
 
@@ -41,10 +41,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     target.read_text()
     'hello'
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {os.fspath(path)}: {target.parent} is not a folder")
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    target = real_target(path)
+    temporary = temporary_name(target)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -56,3 +54,101 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Draft:
+    """A file without a name until it is whole: not even a killed process leaves a part behind.
+
+    Where the system has no such files (they need Linux, and a local disk), it has a temporary
+    name, which only a killed process leaves behind.
+
+    Parameters
+    ----------
+    folder : path
+        Where it will be placed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, Draft(folder) as draft:
+    ...     draft.write(b"hello", 0)
+    ...     draft.place(Path(folder) / "greeting.txt")
+    ...     (Path(folder) / "greeting.txt").read_text()
+    'hello'
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._name: Path | None = None
+        descriptor = _unnamed(folder)
+        if descriptor is None:
+            self._name = Path(folder) / f".{secrets.token_hex(8)}.part"
+            descriptor = os.open(self._name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        self._descriptor = descriptor
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at a place of the file."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            count = os.pwrite(self._descriptor, rest[:_WRITE], offset)
+            rest, offset = rest[count:], offset + count
+
+    def place(self, path: Path) -> None:
+        """Give it its name, in place of any old file of that name, on the disk of its folder.
+
+        What takes the place of an old file is on the disk before.
+        """
+        if self._name is not None or path.exists():
+            os.fsync(self._descriptor)
+        if self._name is not None:
+            os.replace(self._name, path)
+            return
+        temporary = temporary_name(path)
+        descriptors = os.open(_DESCRIPTORS, os.O_RDONLY)
+        try:
+            # Only with the descriptor of a folder does Python follow the link.
+            os.link(str(self._descriptor), temporary, src_dir_fd=descriptors, follow_symlinks=True)
+            os.replace(temporary, path)
+        finally:
+            os.close(descriptors)
+            temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+        if self._name is not None:
+            self._name.unlink(missing_ok=True)
+
+
+_WRITE = 1 << 18  # bytes at a time: ext4 takes three times as long for a million
+_DESCRIPTORS = "/proc/self/fd"
+
+
+def _unnamed(folder: str | os.PathLike[str]) -> int | None:
+    """A descriptor of a new file without a name; None where there is no such thing."""
+    if not os.path.isdir(_DESCRIPTORS):
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except (AttributeError, OSError):
+        return None
+
+
+def real_target(path: str | os.PathLike[str]) -> Path:
+    """What a path to be written stands for, links followed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If its folder does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)}: {target.parent} is not a folder")
+    return target
+
+
+def temporary_name(target: Path) -> Path:
+    """A hidden name beside the target, with its extension."""
+    return target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")

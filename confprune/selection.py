@@ -26,6 +26,7 @@ from confprune.distributed import ALONE, Ranks
 
 _FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
 _COLLECT = 1 << 17  # keys that are always few enough to be sorted
+_MOST = 1 << 22  # keys that are collected, however many scores there are
 _DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a uniform rank
 _MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
 _KEY_BITS = {torch.float32: 31, torch.float64: 63, torch.float16: 15, torch.bfloat16: 15}
@@ -167,7 +168,8 @@ def _interpolate(
     np.maximum.at(high, row, np.minimum(width - 1, (inside.rank + margin) * scale).astype(np.int64))
     sizes = np.zeros(len(inside.prefixes))
     sizes[row] = inside.size
-    limit = max(_COLLECT, total // 32 // ranks.size)  # every rank holds all keys collected
+    # Every rank holds all keys collected, also of scores that no memory holds.
+    limit = max(_COLLECT, min(total // 32, _MOST) // ranks.size)
     if (sizes * (high - low + 1) / width).sum() > limit:
         return None
     low += inside.prefixes << inside.shift

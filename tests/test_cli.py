@@ -646,6 +646,43 @@ def test_patterns_choose_the_tensors(checkpoint, capsys, patterns, names):
     assert pruned_names(checkpoint, "pruned.safetensors") == names
 
 
+def test_several_sparsities_are_a_file_each(checkpoint, capsys):
+    arguments = ["prune", "model.safetensors", "--out=pruned-{sparsity}.safetensors"]
+    assert main([*arguments, "--sparsity", "0.25", "0.5"]) == 0
+    weights = sum(checkpoint[name].numel() for name in LAYERS)
+    for line, sparsity in zip(capsys.readouterr().out.splitlines(), (0.25, 0.5), strict=True):
+        path = f"pruned-{sparsity}.safetensors"
+        assert line == f"{path}: pruned {int(sparsity * weights)} of {weights} weights in 4 tensors"
+        assert metadata(path)["confprune.sparsity"] == str(sparsity)
+
+
+def test_a_folder_is_pruned_into_a_new_one(checkpoint, folder, capsys):
+    (folder / "model").mkdir()
+    (folder / "model.safetensors").rename("model/model.safetensors")
+    (folder / "model" / "config.json").write_text("{}")
+    assert main(["prune", "model", "--sparsity=0.5", "--out=pruned"]) == 0
+    assert files(folder / "pruned") == ["config.json", "model.safetensors"]
+    assert "pruned: pruned " in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_the_tensors_and_writes_nothing(checkpoint, folder, capsys):
+    before = files(folder)
+    arguments = ["prune", "model.safetensors", "--out=pruned.safetensors", "--sparsity=0.5"]
+    assert main([*arguments, "--exclude=*.conv.*", "--dry-run"]) == 0
+    assert files(folder) == before
+    *lines, last = capsys.readouterr().out.splitlines()
+    fates = {line.split()[0]: line.split("]")[1].strip() for line in lines}
+    assert fates.keys() == checkpoint.keys()
+    assert {name for name, fate in fates.items() if fate == "prune"} == {
+        name for name in LAYERS if ".conv." not in name
+    }
+    assert fates["model.embed_tokens.weight"] == "keep: an embedding"
+    assert fates["model.layers.0.conv.weight"] == "keep: excluded"
+    assert "BF16 [4, 4]" in next(line for line in lines if "half" in line)
+    assert last.startswith("model.safetensors: 40 of ")
+    assert last.endswith("in 3 of 8 tensors; nothing was written")
+
+
 def test_a_file_may_be_pruned_in_place(checkpoint, capsys):
     assert main(["prune", "model.safetensors", "--sparsity=0.9", "--out=model.safetensors"]) == 0
     assert pruned_names(checkpoint, "model.safetensors") == LAYERS
@@ -670,6 +707,10 @@ def test_a_file_may_be_pruned_in_place(checkpoint, capsys):
         (["model.safetensors", "--certificate=a.json", "--sparsity=0.5"], "not allowed with"),
         (["model.safetensors", "--certificate=a.json", "--scope=layer"], "--scope goes with"),
         (["model.safetensors", "--certificate=a.json", "--include=*"], "--include goes with"),
+        (["model.safetensors", "--certificate=a.json", "--dry-run"], "--dry-run goes with"),
+        (["model.safetensors", "--sparsity", "0.5", "0.2"], "strictly increasing"),
+        (["model.safetensors", "--sparsity", "0.2", "0.5"], "write {sparsity} where"),
+        (["model.safetensors", "--sparsity=0.5", "--out=.."], "is a folder: name the file"),
         (["nan.safetensors", "--sparsity=0.5"], "layer.weight"),
     ],
 )

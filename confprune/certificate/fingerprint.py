@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +38,27 @@ def fingerprint(named_parameters: Mapping[str, Tensor]) -> dict[str, dict[str, A
     True
     """
     return {
-        name: {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sha256": _sha256(tensor),
-        }
+        # A view of the bytes, because NumPy has no bfloat16.
+        name: fingerprint_entry(
+            tensor.shape,
+            tensor.dtype,
+            (chunk.cpu().view(torch.uint8).numpy().data for chunk in _chunks(tensor.detach())),
+        )
         for name, tensor in named_parameters.items()
+    }
+
+
+def fingerprint_entry(
+    shape: Sequence[int], dtype: object, pieces: Iterable[memoryview]
+) -> dict[str, Any]:
+    """The fingerprint of one tensor whose bytes come in pieces, in logical order."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sha256": digest.hexdigest(),
     }
 
 
@@ -90,14 +105,6 @@ def difference(
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _sha256(tensor: Tensor) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(tensor.detach()):
-        # A view of the bytes, because NumPy has no bfloat16.
-        digest.update(chunk.cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
