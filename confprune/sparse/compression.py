@@ -81,8 +81,7 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel {kernel!r} is unknown; choose from {list(KERNELS)}")
+    check_kernel(kernel)
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity!r}")
     replaced: dict[int, nn.Module] = {}
@@ -97,20 +96,15 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
             sparse.take(*tied.packed)
         if _bytes(sparse.packed) >= weight.numel() * weight.element_size():
             continue
-        sparse.dense_from = 0 if kernel == "dense" else NEVER
-        if kernel == "auto":
-            sparse.dense_from = measured_dense_from(sparse)
-            if sparse.dense_from == 0:
-                continue
+        sparse.dense_from = dense_from_of(sparse, kernel)
+        if kernel == "auto" and sparse.dense_from == 0:
+            continue
         if layer.bias is not None:
             bias: Any = layer.bias
             sparse.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         by_weight[id(weight), _kind(layer)] = sparse
         replaced[id(layer)] = sparse
-    # What is found in the memo takes the place of the original, wherever the copy refers to it.
-    small: nn.Module = copy.deepcopy(model, replaced)
-    _without_fast_paths(small)
-    return small.requires_grad_(False).eval()
+    return replaced_in(model, replaced)
 
 
 def decompress(model: nn.Module) -> nn.Module:
@@ -143,12 +137,40 @@ def decompress(model: nn.Module) -> nn.Module:
             tied = by_values.setdefault(id(layer.packed[0]), dense)
             dense.weight = tied.weight
             replaced[id(layer)] = dense
-    whole: nn.Module = copy.deepcopy(model, replaced)
-    return whole.requires_grad_(False).eval()
+    return replaced_in(model, replaced)
+
+
+def check_kernel(kernel: str) -> None:
+    """Raise ValueError unless there is such a way to compute."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel {kernel!r} is unknown; choose from {list(KERNELS)}")
+
+
+def dense_from_of(layer: SparseLayer, kernel: str) -> int:
+    """`SparseLayer.dense_from` for a way to compute."""
+    if kernel == "auto":
+        return measured_dense_from(layer)
+    return 0 if kernel == "dense" else NEVER
+
+
+def replaced_in(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a model for inference, with other modules in the place of those with given ids."""
+    # A module found in the memo of the copy is not copied itself, nor is its weight.
+    replaced: nn.Module = copy.deepcopy(model, dict(layers))
+    _without_fast_paths(replaced)
+    return replaced.requires_grad_(False).eval()
 
 
 def sparse_like(layer: nn.Module) -> SparseLayer:
-    """A sparse layer without survivors, shaped as a dense one."""
+    """A sparse layer without survivors, shaped as a dense one.
+
+    Raises
+    ------
+    TypeError
+        If the module is no linear layer or convolution.
+    """
+    if _kind(layer) is None:
+        raise TypeError(f"a {type(layer).__name__} has no sparse form")
     weight: Tensor = layer.weight  # type: ignore[assignment]
     bias = layer.bias is not None
     convolution = _CONVOLUTIONS.get(_kind(layer) or object)

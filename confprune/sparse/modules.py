@@ -149,6 +149,11 @@ class SparseLayer(nn.Module):
         self._settle()
 
 
+def is_compressed(model: nn.Module) -> bool:
+    """Whether some layer of a network holds its surviving weights only."""
+    return any(isinstance(module, SparseLayer) for module in model.modules())
+
+
 class SparseLinear(SparseLayer):
     """``nn.Linear`` whose weight is sparse; for inference.
 
