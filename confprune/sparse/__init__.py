@@ -1,6 +1,7 @@
 """Pruned networks that are smaller and faster: surviving weights only, and kernels for them."""
 
 from confprune.sparse.compression import compress, decompress
+from confprune.sparse.export import export_onnx
 from confprune.sparse.file import load_certificate, load_sparse, save_sparse
 from confprune.sparse.modules import (
     SparseConv1d,
@@ -17,6 +18,7 @@ __all__ = [
     "SparseLinear",
     "compress",
     "decompress",
+    "export_onnx",
     "is_compressed",
     "load_certificate",
     "load_sparse",
