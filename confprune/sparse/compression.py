@@ -21,8 +21,9 @@ from confprune.sparse.modules import (
     SparseLinear,
 )
 
-_LAZY = nn.parameter.UninitializedParameter
 KERNELS = ("auto", "sparse", "dense")
+FEWEST_ROWS = 4
+"""Outputs of a group that make it worth while to gather its inputs: more than depthwise."""
 _CONVOLUTIONS: dict[type, type[SparseConv]] = {
     sparse.dense_type: sparse for sparse in (SparseConv1d, SparseConv2d, SparseConv3d)
 }
@@ -51,15 +52,15 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
     Returns
     -------
     torch.nn.Module
-        Layers stay dense, too, if the sparse form is not the smaller one (depthwise convolutions),
-        if the weight is tied to another kind of module (an embedding), if they have hooks, and
-        within ``nn.MultiheadAttention``, which uses its weights without calling layers.
+        Layers stay dense, too, if the sparse form is not the smaller one, if they are depthwise
+        convolutions, if the weight is tied to another kind of module (an embedding), if they have
+        hooks, and within ``nn.MultiheadAttention``, which uses its weights without calling layers.
 
     Raises
     ------
     ValueError
-        For an unknown kernel; if a layer computes its weight from other parameters (the message
-        says how to make it one).
+        For an unknown kernel; if a layer is lazy, or computes its weight from other parameters (the
+        message says how to make it one).
     TypeError
         If `model` is not a module.
 
@@ -216,17 +217,25 @@ def _replaceable(model: nn.Module, min_sparsity: float) -> Iterator[nn.Module]:
     }
     layers, others = [], set()
     for name, module in model.named_modules():
-        plain = _kind(module) is not None and id(module) not in by_attention
-        if plain and layer_weight(name, module).dtype in DTYPES and not _hooked(module):
-            layers.append(module)
-        else:
+        if _kind(module) is None or id(module) in by_attention or not _fits(name, module):
             others |= {id(parameter) for parameter in module._parameters.values()}
+        else:
+            layers.append(module)
     for layer in layers:
         weight: Any = layer.weight
-        if id(weight) not in others and weight.numel() > 0 and not isinstance(weight, _LAZY):
-            zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
-            if zeros >= min_sparsity * weight.numel():
-                yield layer
+        zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
+        if id(weight) not in others and zeros >= max(1, min_sparsity * weight.numel()):
+            yield layer
+
+
+def _fits(name: str, layer: nn.Module) -> bool:
+    """Whether the kernels can do, and do well, what a layer does."""
+    weight = layer_weight(name, layer)
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"layer {name!r} is lazy: run the model once before compressing it")
+    rows_of_group = weight.shape[0] // getattr(layer, "groups", 1)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return weight.dtype in DTYPES and rows_of_group >= FEWEST_ROWS and not hooked
 
 
 def _kind(module: nn.Module) -> type | None:
@@ -239,10 +248,6 @@ def _kind(module: nn.Module) -> type | None:
             )
             return kind if own == usual else None
     return type(module) if is_linear(module) else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,7 +18,6 @@ NEVER = 2**62
 """A `dense_from` that no batch reaches."""
 
 PACKED = ("values", "columns", "slices", "cells")
-_packed = operator.itemgetter(*PACKED)
 
 
 class SparseLayer(nn.Module):
@@ -35,6 +33,11 @@ class SparseLayer(nn.Module):
         positions) the weight is unpacked for the call and the dense kernel used: 0 is always,
         `NEVER` never.
     """
+
+    values: Tensor
+    columns: Tensor
+    slices: Tensor
+    cells: Tensor
 
     def __init__(
         self,
@@ -59,8 +62,7 @@ class SparseLayer(nn.Module):
     @property
     def packed(self) -> Packed:
         """The four tensors of the weight."""
-        packed: Packed = _packed(self._buffers)
-        return packed
+        return self.values, self.columns, self.slices, self.cells
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
@@ -109,12 +111,15 @@ class SparseLayer(nn.Module):
         self._settle()
         return self
 
+    def _has_kernels(self) -> bool:
+        return self.packed[0].device.type in ("cpu", "meta")
+
     def _settle(self) -> None:
         """Hold the dense weight on a device without sparse kernels, and only there."""
         self._dense = None
-        device = self.packed[0].device
-        if device.type in ("cpu", "meta"):
+        if self._has_kernels():
             return
+        device = self.packed[0].device
         warnings.warn(
             f"there are no sparse kernels for {device.type} yet: sparse layers run dense there",
             stacklevel=2,
