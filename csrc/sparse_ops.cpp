@@ -58,9 +58,10 @@ SparseMatrix matrix_of(const Tensor& values, const Tensor& columns, const Tensor
                    "columns and slices must be uint8 and cells int64, got ", columns.scalar_type(),
                    ", ", slices.scalar_type(), " and ", cells.scalar_type());
   TORCH_CHECK_VALUE(values.dim() == 1 && columns.sizes() == values.sizes() && slices.dim() == 1 &&
-                        cells.dim() == 2 && cells.size(0) == chunks.cells() + 1 &&
+                        cells.dim() == 2 && cells.size(0) == chunks.cells() + 3 &&
                         cells.size(1) == 2 && values.is_contiguous() && columns.is_contiguous() &&
-                        slices.is_contiguous() && cells.is_contiguous(),
+                        slices.is_contiguous() && cells.is_contiguous() &&
+                        has_shape(cells.const_data_ptr<int64_t>(), rows, row_size, groups),
                     "values, columns, slices and cells are not those of a matrix of shape [", rows,
                     ", ", row_size, "] in ", groups, " groups");
   return {values.const_data_ptr(),
@@ -80,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_pack(const Tensor& weight, int
   const DenseMatrix dense = dense_of(weight, groups);
   const Chunks chunks(dense.rows, dense.row_size, groups);
   const auto bytes = weight.options().dtype(at::kByte);
-  Tensor cells = at::zeros({chunks.cells() + 1, 2}, weight.options().dtype(at::kLong));
+  Tensor cells = at::zeros({chunks.cells() + 3, 2}, weight.options().dtype(at::kLong));
   int64_t* cell = cells.data_ptr<int64_t>();
   at::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
@@ -88,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_pack(const Tensor& weight, int
   });
   for (int64_t at = 0; at < 2 * chunks.cells(); ++at)
     cell[at + 2] += cell[at];
+  name_shape(dense, cell);
   const int64_t* totals = cell + 2 * chunks.cells();
   Tensor values = at::empty({totals[0]}, weight.options());
   Tensor columns = at::empty({totals[0]}, bytes), slices = at::empty({totals[1]}, bytes);

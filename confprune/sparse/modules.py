@@ -34,11 +34,6 @@ class SparseLayer(nn.Module):
         `NEVER` never.
     """
 
-    values: Tensor
-    columns: Tensor
-    slices: Tensor
-    cells: Tensor
-
     def __init__(
         self,
         weight_shape: tuple[int, ...],
@@ -62,7 +57,8 @@ class SparseLayer(nn.Module):
     @property
     def packed(self) -> Packed:
         """The four tensors of the weight."""
-        return self.values, self.columns, self.slices, self.cells
+        own: Any = self._buffers  # attributes of a module are slow, and this is asked for a call
+        return own["values"], own["columns"], own["slices"], own["cells"]
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 import confprune.ops  # noqa: F401  loads the library
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
-"""values [survivors], columns [survivors], slices [bytes], cells [cells + 1, 2]"""
+"""values [survivors], columns [survivors], slices [bytes], cells [cells + 3, 2]"""
 
 pack = torch.ops.confprune.sparse_pack.default
 check = torch.ops.confprune.sparse_check.default

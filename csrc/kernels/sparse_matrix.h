@@ -11,7 +11,9 @@
 //   slices   bytes, slice by slice: `full`, the number of steps that all sixteen rows take part in;
 //            `partial`, the number of the others; for each partial step its number of rows, which
 //            never grows; for each row its place in the chunk
-//   cells    [cells + 1, 2]: where a cell's values and slices begin; a chunk's blocks in a row
+//   cells    [cells + 3, 2]: where a cell's values and slices begin, a chunk's blocks in a row, and
+//            after the last one where they end; then what it is a matrix of: (rows, row_size),
+//            (groups, columns of a block)
 //
 // Bytes a survivor: value + 1 + 1.3 / (survivors of a row in a block). At 90 % sparsity float32
 // takes 5.1 bytes, 16-bit floats 3.1.
@@ -96,6 +98,10 @@ struct Chunks {
 };
 
 }  // namespace
+
+// Whether the end of `cells` says that it is a matrix of this shape; `name_shape` writes it there.
+bool has_shape(const int64_t* cells, int64_t rows, int64_t row_size, int64_t groups);
+void name_shape(const DenseMatrix& dense, int64_t* cells);
 
 // Writes to cells[cell + 1] the survivors and the bytes of slices of every cell of a chunk.
 void measure_chunk(const DenseMatrix& dense, int64_t chunk, int64_t* cells);
