@@ -154,9 +154,8 @@ void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, 
     values += survivors;
     columns += survivors;
     if (slice.rows == kSliceRows)
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kSliceRows; ++r)
-        y[slice.places[r]] += sums[r];
+      unrolled(std::make_integer_sequence<int, kSliceRows>{},
+               [&](auto r) { y[slice.places[r]] += sums[r]; });
     else
       for (int64_t r = 0; r < slice.rows; ++r)
         y[slice.places[r]] += sums[r];
