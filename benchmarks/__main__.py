@@ -21,7 +21,10 @@ from confprune.ops import instruction_set
 STATISTICS = ("validity", "power", "looks")
 """Measured by random draws, on several processes."""
 
-SPEED = ("selection", "matrix", "calibrate", "growth", "instructions", "checkpoint", "dropin")
+SPEED = (
+    *("selection", "matrix", "calibrate", "growth"),
+    *("sparse", "checkpoint", "dropin", "instructions"),
+)
 """Measured with a clock, or by counting, in this process."""
 
 BENCHMARKS = (*STATISTICS, *SPEED)

@@ -11,7 +11,7 @@
 
 __version__ = "0.1.0"
 
-from confprune import checkpoint, criteria, losses, risk
+from confprune import checkpoint, criteria, losses, risk, sparse
 from confprune.calibration import calibrate, calibrate_losses, loss_matrix
 from confprune.certificate import Certificate, VerificationError
 from confprune.input_norms import input_norms
@@ -41,4 +41,5 @@ __all__ = [
     "prune_levels",
     "risk",
     "simulate",
+    "sparse",
 ]

@@ -193,6 +193,11 @@ def _add_calibrate(commands: Any) -> None:
         metavar="FOLDER",
         help="receives certificate.json, risk.png and pruned.safetensors",
     )
+    command.add_argument(
+        "--compress",
+        action="store_true",
+        help="write compressed.safetensors as well: surviving weights only, with the certificate",
+    )
     _add_run(command)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 import confprune
-from confprune import checkpoint, demo, plan
+from confprune import checkpoint, demo, plan, sparse
 from confprune.arguments import BAD_USAGE, parser
 from confprune.certificate import Certificate
 
@@ -147,7 +147,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(certificate.prune(model), folder / "pruned.safetensors", certificate)
+    pruned = certificate.prune(model)
+    checkpoint.save(pruned, folder / "pruned.safetensors", certificate)
+    if options.compress:
+        _compress(pruned, folder / "compressed.safetensors", certificate)
     _plot(certificate, folder / "risk.png")
     certificate.save(folder / "certificate.json")
     print(certificate)
@@ -291,6 +294,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         load_model(model, path)
     except RuntimeError as error:
         raise ValueError(f"--weights {path} do not fit the model: {error}") from error
+
+
+def _compress(pruned: nn.Module, path: Path, certificate: Certificate) -> None:
+    # Which kernel is the faster one is for the machine to say that loads the file.
+    small = sparse.compress(pruned, kernel="sparse")
+    if sparse.is_compressed(small):
+        sparse.save_sparse(small, path, certificate)
+    else:
+        print(f"{path.name} was not written: no layer is half zeros", file=sys.stderr)
 
 
 def _plot(certificate: Certificate, path: Path) -> None:

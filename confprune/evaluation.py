@@ -383,6 +383,6 @@ def moved_batches(
     model: nn.Module, data: Any, batch_size: int | None, order: Tensor | None = None
 ) -> Generator[Any, None, None]:
     """Batches on the model's device."""
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
     for batch in batches(data, batch_size, order):
         yield move_batch(batch, device)

@@ -76,17 +76,22 @@ def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     for prefix, module in model.named_modules():
         if not (is_linear(module) or isinstance(module, _ConvNd)):
             continue
-        weight = module._parameters.get("weight")
-        if weight is None or parametrize.is_parametrized(module, "weight"):
-            raise ValueError(
-                f"layer {prefix!r} computes its weight from other parameters (weight norm, another "
-                "parametrization, or torch.nn.utils.prune). Make the weight a parameter first: "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
-                "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
-                "'weight')"
-            )
-        wanted.add(id(weight))
+        wanted.add(id(layer_weight(prefix, module)))
     return _in_order(model, wanted)
+
+
+def layer_weight(name: str, layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer; ValueError where the layer computes it from other parameters."""
+    weight = layer._parameters.get("weight")
+    if weight is None or parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(
+            f"layer {name!r} computes its weight from other parameters (weight norm, another "
+            "parametrization, or torch.nn.utils.prune). Make the weight a parameter first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
+            "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
+            "'weight')"
+        )
+    return weight
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

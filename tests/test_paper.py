@@ -324,7 +324,8 @@ def test_the_walkthrough_runs_from_training_to_a_file(tmp_path, monkeypatch, cap
     names = runpy.run_path(str(WALKTHROUGH))
     assert names["certificate"].certified
     written = {path.name for path in (tmp_path / "walkthrough").iterdir()}
-    assert written == {"curve.png", "risk.png", "certificate.json", "pruned.safetensors"}
+    files = {"certificate.json", "pruned.safetensors", "compressed.safetensors"}
+    assert written == {"curve.png", "risk.png", *files}
     text = capsys.readouterr().out
     assert "Certified: " in text
     assert float(names["changed"]) <= names["certificate"].alpha

@@ -125,4 +125,5 @@ changed = (sparse(images[test]).argmax(1) != model(images[test]).argmax(1)).floa
 print(f"other answers on the test images: {changed:.3f}, promised at most {certificate.alpha}")
 certificate.save(OUT / "certificate.json")
 checkpoint.save(sparse, OUT / "pruned.safetensors", certificate)
-# compressed = confprune.sparse.compress(sparse)
+compressed = confprune.sparse.compress(sparse)
+confprune.sparse.save_sparse(compressed, OUT / "compressed.safetensors", certificate=certificate)

@@ -9,12 +9,14 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from confprune.certificate import file as certificate_file
 from confprune.certificate.consistency import check_consistent, is_of
+from confprune.certificate.deployed import why_another
 from confprune.certificate.evidence import (
     Looks,
     Part,
@@ -27,9 +29,11 @@ from confprune.certificate.fingerprint import difference, fingerprint
 from confprune.certificate.report import report
 from confprune.certificate.verification import VerificationError, verify
 from confprune.criteria import Statistics
+from confprune.files import written_whole
 from confprune.levels import prune_levels
 from confprune.losses import LossLike
 from confprune.risks import Accept, Groups
+from confprune.sparse.modules import is_compressed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,13 +222,8 @@ class Certificate:
         ...     confprune.Certificate.load(f"{folder}/certificate.json") == certificate
         True
         """
-        plain = self
-        if self.pruning is not None:  # the statistics themselves stay in memory
-            plain = dataclasses.replace(self, pruning=dataclasses.replace(self.pruning, kept={}))
-        fields = dataclasses.asdict(plain)
-        if self.pruning is not None:
-            del fields["pruning"]["kept"]
-        certificate_file.write(path, fields, self._outcome())
+        with written_whole(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
@@ -248,14 +247,30 @@ class Certificate:
         OSError
             If the file cannot be read.
         """
+        content = Path(path).read_bytes()
         try:
-            fields, outcome = certificate_file.read(path)
-            certificate = cls(**fields)
-            for name, value in certificate._outcome().items():
-                if outcome[name] != value:
-                    raise ValueError(f"{name} is {outcome[name]}, but the levels say {value}")
+            return cls.from_json(content)
         except ValueError as problem:
             raise ValueError(f"{os.fspath(path)} is not a certificate: {problem}") from problem
+
+    def to_json(self) -> str:
+        """The certificate as JSON, as `save` writes it."""
+        plain = self
+        if self.pruning is not None:  # the statistics themselves stay in memory
+            plain = dataclasses.replace(self, pruning=dataclasses.replace(self.pruning, kept={}))
+        fields = dataclasses.asdict(plain)
+        if self.pruning is not None:
+            del fields["pruning"]["kept"]
+        return certificate_file.to_text(fields, self._outcome())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Certificate:
+        """The certificate of a text that `to_json` gave; ValueError if it is not one."""
+        fields, outcome = certificate_file.from_text(text)
+        certificate = cls(**fields)
+        for name, value in certificate._outcome().items():
+            if outcome[name] != value:
+                raise ValueError(f"{name} is {outcome[name]}, but the levels say {value}")
         return certificate
 
     @property
@@ -310,15 +325,18 @@ class Certificate:
         batch_size: int | None = None,
         statistics: Statistics | None = None,
         progress: bool = True,
+        full: nn.Module | None = None,
     ) -> float:
-        """Prune, run the plain masked network through the calibration data, compare the risks.
+        """Run the pruned network through the calibration data and compare the risks.
 
         After early looks on the examples that the certified level was tested on, and on no others.
 
         Parameters
         ----------
         model : Module
-            The network that was calibrated, not pruned.
+            The network that was calibrated, not pruned: its masked copy is run. Or the compressed
+            one (`confprune.sparse.compress`, `load_sparse`): it is run itself, after a look whether
+            it can be the certified one.
         data : Dataset, DataLoader, tuple of tensors or iterable
             The calibration data, as given to `confprune.calibrate`.
         loss : str, Loss or callable, or several, optional
@@ -331,6 +349,10 @@ class Certificate:
             As for `prune`.
         progress : bool
             Whether to show progress.
+        full : Module, optional
+            With a compressed `model`, the network that was calibrated. Then every surviving weight
+            is compared. Needed for losses that compare with the full network, which are all but
+            those against labels, and for guarantees on the monotonised loss.
 
         Returns
         -------
@@ -344,14 +366,33 @@ class Certificate:
             and a risk of 0.001 (0.01 for weights in 16 bits), may differ: near-ties fall either way
             in rounding.
         ValueError
-            As for `prune`; if nothing was certified; if a loss, the groups or the acceptance rule
-            is needed or is another one.
+            As for `prune`; if nothing was certified; if a loss, the groups, the acceptance rule or
+            `full` is needed or is another one.
         """
-        self._check_same_weights(model, "verify")
+        compressed = is_compressed(model)
+        if full is not None and not compressed:
+            raise ValueError("full= goes with a compressed model: this one is dense")
+        original = full if compressed else model
+        if original is not None:
+            self._check_same_weights(original, "verify")
+
+        def network(level: int) -> nn.Module:
+            if compressed and level == self.level:
+                return model
+            if original is None:
+                raise ValueError("a monotonised loss takes every level: pass full=")
+            return self._pruned(original, self.sparsities[level], statistics)
+
+        if compressed and self.certified:
+            self._pruning_for("verify")
+            pruned = None if full is None else self._pruned(full, self.sparsity, statistics)
+            differs = why_another(self, model, pruned)
+            if differs is not None:
+                raise ValueError(f"the certificate is for another network: {differs}")
         return verify(
             self,
-            model,
-            lambda level: self._pruned(model, self.sparsities[level], statistics),
+            original,
+            network,
             data,
             loss=loss,
             groups=groups,

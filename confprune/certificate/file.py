@@ -1,4 +1,4 @@
-"""The file form of a certificate: JSON of a versioned schema, checked when read.
+"""The text of a certificate: JSON of a versioned schema, checked when read.
 
 A later version may add fields; each gets a default here, so that older files stay readable. A field
 that this version does not know is refused, because it may change what the certificate promises.
@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData
-from confprune.files import written_whole
 
 SCHEMA = "confprune-certificate/1"
 
 
-def write(path: str | os.PathLike[str], fields: dict[str, Any], outcome: dict[str, Any]) -> None:
-    """Write a certificate's fields and, for readers of the file alone, its outcome.
+def to_text(fields: dict[str, Any], outcome: dict[str, Any]) -> str:
+    """A certificate's fields and, for readers of the text alone, its outcome.
 
     Parameters
     ----------
-    path : path
-        The file to write, in a folder that exists.
     fields : dict
         The fields of the dataclass; NaN becomes null.
     outcome : dict
@@ -32,36 +28,26 @@ def write(path: str | os.PathLike[str], fields: dict[str, Any], outcome: dict[st
     """
     content = _nan_to_null({"schema": SCHEMA, **outcome, **fields})
     # Python writes the shortest decimals that read back as the same float.
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `write` wrote, each field checked for its type.
-
-    Parameters
-    ----------
-    path : path
-        The file to read.
+def from_text(text: str | bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `to_text` wrote, each field checked for its type.
 
     Returns
     -------
     (fields, outcome)
-        The arguments of the certificate, and what was given to `write`.
+        The arguments of the certificate, and what was given to `to_text`.
 
     Raises
     ------
     ValueError
         If the content is not JSON of this schema.
-    OSError
-        If the file cannot be read.
     """
-    with open(path, encoding="utf-8") as stream:
-        try:
-            content = json.load(stream, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as problem:
-            raise ValueError(f"it is not JSON ({problem})") from problem
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"it is not JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise ValueError("its JSON is not an object")
     schema = content.pop("schema", None)

@@ -1,14 +1,15 @@
 """Verification: the certified network, run plainly on the calibration data, has the stated risks.
 
-Nothing of the grid forward or of the tests takes part: the model and a masked copy of it are called
-on the examples that the certified level was tested on, and their losses are averaged.
+Nothing of the grid forward or of the tests takes part: the model and a pruned copy of it, masked or
+compressed, are called on the examples that the certified level was tested on, and their losses are
+averaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class VerificationError(ValueError):
 
 def verify(
     certificate: Certificate,
-    model: nn.Module,
+    model: nn.Module | None,
     pruned: Callable[[int], nn.Module],
     data: Any,
     *,
@@ -59,9 +60,10 @@ def verify(
     Parameters
     ----------
     certificate : Certificate
-    model : Module
+    model : Module or None
+        The full network, where it is at hand.
     pruned : callable
-        From a level to a masked copy of the model.
+        From a level to the pruned network.
     data, loss, groups, accept, forward, batch_size, progress
         As for `confprune.Certificate.verify`.
 
@@ -156,8 +158,21 @@ class _Measured:
     labels: NDArray[np.str_]
 
 
+class _WithoutFull(NamedTuple):
+    """What a pruned network is compared with where the full one is not at hand."""
+
+    targets: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def outputs(self) -> Tensor:
+        raise ValueError(
+            "the risk is one against the full network: pass full=, the network that was calibrated"
+        )
+
+
 def _measure(
-    model: nn.Module,
+    model: nn.Module | None,
     pruned: nn.Module,
     data: Any,
     measures: Sequence[Loss],
@@ -169,24 +184,27 @@ def _measure(
     order: Tensor | None = None,
     examples: int | None = None,
 ) -> _Measured:
-    """Run both networks through the examples, the first so many if a number is given."""
+    """Run the networks through the examples, the first so many if a number is given."""
     values: list[Tensor] = []
     labels: list[str] = []
     seen = 0
     with (
         torch.no_grad(),
-        evaluation_mode(model),
+        evaluation_mode(model or pruned),
         evaluation_mode(pruned),
         progress_bar(data, order, progress, "verify") as bar,
     ):
-        for whole in moved_batches(model, data, batch_size, order):
+        for whole in moved_batches(pruned, data, batch_size, order):
             left = batch_length(whole) if examples is None else examples - seen
             batch = slice_batch(whole, 0, left) if batch_length(whole) > left else whole
-            full = call(model, batch, forward)
             outputs = call(pruned, batch, forward)
-            reference = reference_of(full, batch)
+            reference: Any = reference_of(
+                outputs if model is None else call(model, batch, forward), batch
+            )
             for measure in measures:
                 check_shapes(measure, outputs, reference)
+            if model is None:
+                reference = _WithoutFull(reference.targets, reference.mask)
             values.append(torch.stack([of(outputs, reference).double() for of in measures]).cpu())
             if groups is not None:
                 labels += group_labels(batch, groups)

@@ -1,0 +1,81 @@
+"""Whether a compressed network is the one that a certificate is about."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from confprune.certificate.fingerprint import difference
+from confprune.sparse.modules import SparseLayer
+
+if TYPE_CHECKING:
+    from confprune.certificate import Certificate
+
+
+def deployed_weight(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter of a network, dense where a sparse layer holds it; None if there is none."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return None
+    if isinstance(owner, SparseLayer) and leaf == "weight":
+        return owner.weight
+    return owner._parameters.get(leaf)
+
+
+def why_another(
+    certificate: Certificate, model: nn.Module, pruned: nn.Module | None = None
+) -> str | None:
+    """Say why a compressed network is not the certified one, None if nothing speaks against it.
+
+    Parameters
+    ----------
+    certificate : Certificate
+        With a certified level and a way of pruning.
+    model : Module
+        The compressed network.
+    pruned : Module, optional
+        The network that ``certificate.prune`` gives: then every weight is compared, else names,
+        shapes, types and numbers of zeros.
+
+    Examples
+    --------
+    >>> import confprune
+    >>> model, data = nn.Linear(64, 64), torch.randn(500, 64)
+    >>> certificate = confprune.calibrate(
+    ...     model, data, loss="cosine", alpha=0.1, delta=0.1, progress=False
+    ... )
+    >>> small = confprune.sparse.compress(certificate.prune(model), kernel="sparse", min_sparsity=0)
+    >>> why_another(certificate, small, certificate.prune(model)) is None
+    True
+    """
+    pruning = certificate.pruning
+    assert pruning is not None
+    found, zeros = {}, {}
+    for name, expected in pruning.fingerprint.items():
+        weight = deployed_weight(model, name)
+        if weight is None:
+            continue
+        dtype = str(weight.dtype).removeprefix("torch.")
+        # The hash is of the weights before pruning, which nothing here has.
+        found[name] = {**expected, "shape": list(weight.shape), "dtype": dtype}
+        zeros[name] = weight.numel() - int(torch.count_nonzero(weight.detach()))
+        own = None if pruned is None else deployed_weight(pruned, name)
+        if own is not None and found[name] == expected and not torch.equal(weight, own):
+            return f"the values of parameter {name!r} are others"
+    differs = difference(pruning.fingerprint, found)
+    if differs is not None:
+        return differs
+    sizes = {name: math.prod(entry["shape"]) for name, entry in pruning.fingerprint.items()}
+    if pruning.scope == "global":
+        sizes, zeros = {"": sum(sizes.values())}, {"": sum(zeros.values())}
+    for name, size in sizes.items():
+        wanted = round(certificate.sparsity * size)
+        if zeros[name] < wanted:
+            where = f" of {name!r}" if name else ""
+            return f"{zeros[name]:,} of {size:,} weights{where} are zero instead of {wanted:,}"
+    return None
