@@ -192,7 +192,7 @@ def dense_of(layer: SparseLayer) -> nn.Module:
     elif isinstance(layer, SparseLinear) and layer.transposed:
         from transformers.pytorch_utils import Conv1D
 
-        dense = Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-untyped-call]
+        dense = Conv1D(layer.out_features, layer.in_features)
     else:
         outputs, inputs = weight.shape
         dense = nn.Linear(inputs, outputs, bias=layer.bias is not None, **about)
