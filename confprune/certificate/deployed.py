@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,11 +71,21 @@ def why_another(
     differs = difference(pruning.fingerprint, found)
     if differs is not None:
         return differs
-    sizes = {name: math.prod(entry["shape"]) for name, entry in pruning.fingerprint.items()}
-    if pruning.scope == "global":
+    return _too_few_zeros(certificate, zeros)
+
+
+def _too_few_zeros(certificate: Certificate, zeros: Mapping[str, int]) -> str | None:
+    pruning = certificate.pruning
+    assert pruning is not None
+    shapes = {name: entry["shape"] for name, entry in pruning.fingerprint.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    # Each output's weights that compete alone, or each block, may round down.
+    alone = pruning.scope == "row" or pruning.pattern is not None
+    spared = sum(max(shape[:2]) for shape in shapes.values()) / 2 if alone else 0.0
+    if pruning.scope != "layer" or alone:
         sizes, zeros = {"": sum(sizes.values())}, {"": sum(zeros.values())}
     for name, size in sizes.items():
-        wanted = round(certificate.sparsity * size)
+        wanted = round(certificate.sparsity * size) - math.ceil(spared)
         if zeros[name] < wanted:
             where = f" of {name!r}" if name else ""
             return f"{zeros[name]:,} of {size:,} weights{where} are zero instead of {wanted:,}"

@@ -244,12 +244,16 @@ inline void widen_line(const Input* from, int64_t step, int64_t count, T* to) {
   if constexpr (std::is_same_v<T, Input>)
     if (step == 1)
       return copy_line(from, count, to);
+  const auto each = [=](auto by) {
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = T(widen(from[i * by]));
+  };
   if (step == 1)
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = T(widen(from[i]));
+    each(std::integral_constant<int64_t, 1>{});
+  else if (step == 2)
+    each(std::integral_constant<int64_t, 2>{});
   else
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = T(widen(from[i * step]));
+    each(step);
 }
 
 template <class T, class Output>
