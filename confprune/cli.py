@@ -150,7 +150,9 @@ def _calibrate(options: argparse.Namespace) -> int:
     pruned = certificate.prune(model)
     checkpoint.save(pruned, folder / "pruned.safetensors", certificate)
     if options.compress:
-        _compress(pruned, folder / "compressed.safetensors", certificate)
+        # Which kernel is the faster one is for the machine to say that loads the file.
+        small = sparse.compress(pruned, kernel="sparse")
+        sparse.save_sparse(small, folder / "compressed.safetensors", certificate)
     _plot(certificate, folder / "risk.png")
     certificate.save(folder / "certificate.json")
     print(certificate)
@@ -294,15 +296,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         load_model(model, path)
     except RuntimeError as error:
         raise ValueError(f"--weights {path} do not fit the model: {error}") from error
-
-
-def _compress(pruned: nn.Module, path: Path, certificate: Certificate) -> None:
-    # Which kernel is the faster one is for the machine to say that loads the file.
-    small = sparse.compress(pruned, kernel="sparse")
-    if sparse.is_compressed(small):
-        sparse.save_sparse(small, path, certificate)
-    else:
-        print(f"{path.name} was not written: no layer is half zeros", file=sys.stderr)
 
 
 def _plot(certificate: Certificate, path: Path) -> None:

@@ -182,7 +182,9 @@ void run_product(const SparseMatrix& weight, const Tensor& x, const std::optiona
     return batch;
   };
   const at::ScalarType compute = weight.element == Element::float64 ? at::kDouble : at::kFloat;
-  const Tensor own_bias = bias.has_value() ? bias->to(compute).contiguous() : Tensor();
+  Tensor own_bias = bias.value_or(Tensor());
+  if (own_bias.defined() && !(own_bias.scalar_type() == compute && own_bias.is_contiguous()))
+    own_bias = own_bias.to(compute).contiguous();
   run({weight, window, batch_of(x), batch_of(y),
        own_bias.defined() ? own_bias.const_data_ptr() : nullptr, x.size(0)});
 }

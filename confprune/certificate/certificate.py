@@ -334,9 +334,9 @@ class Certificate:
         Parameters
         ----------
         model : Module
-            The network that was calibrated, not pruned: its masked copy is run. Or the compressed
-            one (`confprune.sparse.compress`, `load_sparse`): it is run itself, after a look whether
-            it can be the certified one.
+            The network that was calibrated, not pruned: its masked copy is run. Or the one that is
+            deployed, compressed (`confprune.sparse.compress`, `load_sparse`) or with `full` given:
+            it is run itself, after a look whether it can be the certified one.
         data : Dataset, DataLoader, tuple of tensors or iterable
             The calibration data, as given to `confprune.calibrate`.
         loss : str, Loss or callable, or several, optional
@@ -350,9 +350,9 @@ class Certificate:
         progress : bool
             Whether to show progress.
         full : Module, optional
-            With a compressed `model`, the network that was calibrated. Then every surviving weight
-            is compared. Needed for losses that compare with the full network, which are all but
-            those against labels, and for guarantees on the monotonised loss.
+            The network that was calibrated, where `model` is the deployed one. Then every weight is
+            compared. Needed for losses that compare with the full network, which are all but those
+            against labels, and for guarantees on the monotonised loss.
 
         Returns
         -------
@@ -369,21 +369,19 @@ class Certificate:
             As for `prune`; if nothing was certified; if a loss, the groups, the acceptance rule or
             `full` is needed or is another one.
         """
-        compressed = is_compressed(model)
-        if full is not None and not compressed:
-            raise ValueError("full= goes with a compressed model: this one is dense")
-        original = full if compressed else model
+        deployed = full is not None or is_compressed(model)
+        original = full if deployed else model
         if original is not None:
             self._check_same_weights(original, "verify")
 
         def network(level: int) -> nn.Module:
-            if compressed and level == self.level:
+            if deployed and level == self.level:
                 return model
             if original is None:
                 raise ValueError("a monotonised loss takes every level: pass full=")
             return self._pruned(original, self.sparsities[level], statistics)
 
-        if compressed and self.certified:
+        if deployed and self.certified:
             self._pruning_for("verify")
             pruned = None if full is None else self._pruned(full, self.sparsity, statistics)
             differs = why_another(self, model, pruned)

@@ -50,11 +50,6 @@ def save_sparse(
     certificate : Certificate, optional
         What the network was pruned by; `load_certificate` reads it from the file.
 
-    Raises
-    ------
-    ValueError
-        If the model has no sparse layers.
-
     Examples
     --------
     >>> import tempfile, torch, confprune
@@ -68,11 +63,6 @@ def save_sparse(
     True
     """
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
-    if not layers:
-        raise ValueError(
-            "the model has no sparse layers: compress it first (confprune.sparse.compress), or "
-            "write it with confprune.checkpoint.save"
-        )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)
     packed = {f"{layer}.{name}".lstrip(".") for layer in layers for name in PACKED}
