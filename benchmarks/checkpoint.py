@@ -44,12 +44,12 @@ class Sizes:
     seconds: float
 
 
-FULL = Sizes(3.0, rounds=4, seconds=12.0)
+FULL = Sizes(3.0, rounds=3, seconds=6.0)
 QUICK = Sizes(0.3, rounds=3, seconds=1.0)
 
 
 def measure(sizes: Sizes, seed: int) -> list[Row]:
-    """For each type one sparsity, and the memory; then three sparsities, and the command."""
+    """For each type one sparsity, and the memory; then three sparsities."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="confprune-") as name:
         folder = Path(name)
@@ -62,8 +62,6 @@ def measure(sizes: Sizes, seed: int) -> list[Row]:
             of = f"{sizes.gib:g} GiB of {dtype}"
             rows.append(_time_row(f"one sparsity, {of}", source, [0.5], sizes))
             rows.append(_memory_row(f"memory, {of}", source))
-            if dtype == "float32":
-                rows.append(_time_row(f"the command, {of}", source, [0.5], sizes, command=True))
             source.unlink()
         # As much is written in all: more would wait for the disk.
         third = sizes.gib / 3
@@ -101,9 +99,7 @@ def write_checkpoint(path: Path, gib: float, dtype: str, seed: int) -> None:
             file.write(tensor.view(torch.uint8).numpy().data)
 
 
-def _time_row(
-    what: str, source: Path, sparsities: list[float], sizes: Sizes, *, command: bool = False
-) -> Row:
+def _time_row(what: str, source: Path, sparsities: list[float], sizes: Sizes) -> Row:
     """Against one `cp` an output."""
     out = source.with_name("pruned-{sparsity}")
 
@@ -114,10 +110,6 @@ def _time_row(
     def prune(_: object) -> None:
         checkpoint.prune(source, out, sparsity=sparsities, progress=False)
 
-    def call(_: object) -> None:
-        run = [sys.executable, "-m", "confprune", "prune", source, f"--out={out}", "--sparsity"]
-        subprocess.run([*run, *map(str, sparsities)], check=True, capture_output=True)
-
     def clean() -> None:
         """Leave no old output, and the disk idle."""
         for path in source.parent.iterdir():
@@ -125,17 +117,14 @@ def _time_row(
                 path.unlink()
         os.sync()
 
-    contenders = {
-        "confprune": Contender(call if command else prune, clean),
-        "cp": Contender(copy, clean),
-    }
+    contenders = {"confprune": Contender(prune, clean), "cp": Contender(copy, clean)}
     times = interleaved(contenders, rounds=sizes.rounds, seconds=sizes.seconds)
     clean()
-    one = len(sparsities) == 1 and not command
+    one = len(sparsities) == 1
     return compare(
         what,
         times["confprune"],
-        "`cp`" if len(sparsities) == 1 else f"`cp`, {len(sparsities)} times",
+        "`cp`" if one else f"`cp`, {len(sparsities)} times",
         times["cp"],
         target=at_most(TIMES_COPYING) if one else NO_TARGET,
     )
