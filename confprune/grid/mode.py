@@ -23,7 +23,7 @@ from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.grid.attention import attention, multi_head_attention
 from confprune.grid.fusion import LAYER_CALLS, Fusion, fixed_batch_norm
 
-_BLOCK = 64  # columns whose inputs stay in the first-level cache
+_BLOCK = 96
 _MAX_BLOCK = 32767
 _MAX_POOL = 3  # side of the largest window that is pooled view by view
 
