@@ -25,17 +25,43 @@ struct Lanes {
       __attribute__((vector_size(CONFPRUNE_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
 
-// sum[v] += Σ_p values[p] · x[offsets[columns[p]] + lanes of v]: the innermost loop of everything.
-template <class T, int V>
+// Where the inputs of a column of the weight are: looked up, or by a stride. A block of columns is
+// `from` its first on, and lies at `origin`.
+struct Lookup {
+  const int32_t* offsets;
+  Lookup from(int64_t first) const { return {offsets + first}; }
+  int64_t origin(int64_t) const { return 0; }
+  int64_t operator()(int64_t column) const { return offsets[column]; }
+};
+struct Strided {
+  int64_t stride;
+  Strided from(int64_t) const { return *this; }
+  int64_t origin(int64_t first) const { return first * stride; }
+  int64_t operator()(int64_t column) const { return column * stride; }
+};
+
+// sum[v] += Σ_p values[p] · x[place(columns[p]) + lanes of v]: the innermost loop of everything.
+// Its limit are loads, so that four columns are read with one.
+template <class T, int V, class Place>
 inline void accumulate(typename Lanes<T>::Vector (&sum)[V], const T* values, const int16_t* columns,
-                       int64_t count, const int32_t* offsets, const T* x) {
+                       int64_t count, Place place, const T* x) {
   using L = Lanes<T>;
-  for (int64_t p = 0; p < count; ++p) {
-    const T value = values[p];
-    const T* at = x + offsets[columns[p]];
+  const auto add = [&](T value, int64_t column) {
+    const T* at = x + place(column);
     for (int v = 0; v < V; ++v)
       sum[v] += value * *reinterpret_cast<const typename L::Unaligned*>(at + v * L::kWidth);
+  };
+  int64_t p = 0;
+  for (; p + 4 <= count; p += 4) {
+    uint16_t four[4];
+    uint64_t word;
+    std::memcpy(&word, columns + p, sizeof(word));
+    std::memcpy(four, &word, sizeof(word));
+    for (int i = 0; i < 4; ++i)
+      add(values[p + i], four[i]);
   }
+  for (; p < count; ++p)
+    add(values[p], columns[p]);
 }
 
 // Rows of lanes in memory: scratch, or the output itself where its lanes are neighbours.
@@ -74,18 +100,18 @@ struct Finish {
 // out[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level; `partial`
 // holds the sums over the blocks before the last. The additions stand in the order of shared_tile,
 // so that a level does not depend on those asked for with it.
-template <class T, int V>
-void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end, const T* x,
-                T* partial, Tile<T> out) {
+template <class T, int V, class Place>
+void level_tile(const GridDetails& d, Place places, int64_t level, int64_t row_begin,
+                int64_t row_end, const T* x, T* partial, Tile<T> out) {
   using L = Lanes<T>;
   const PrefixRows& rows = d.product.rows;
   const T* values = static_cast<const T*>(rows.values);
   const Finish<T> finish(d.product);
-  const int64_t rows_per_group = rows.rows / d.product.convolution.groups;
-  const int64_t group_size =
-      d.product.convolution.channels / d.product.convolution.groups * d.packed.channel_size;
+  const int64_t groups = d.product.convolution.groups, rows_per_group = rows.rows / groups;
+  const int64_t group_size = d.product.convolution.channels / groups * d.packed.channel_size;
   for (int64_t block = 0; block < rows.blocks; ++block) {
-    const int32_t* offsets = d.packed.offsets.data() + block * rows.block;
+    const Place place = places.from(block * rows.block);
+    const T* const input = x + places.origin(block * rows.block);
     const int64_t* starts = rows.starts + block * rows.rows;
     const int16_t* counts = rows.counts + (level * rows.blocks + block) * rows.rows;
     const bool last = block + 1 == rows.blocks;
@@ -95,8 +121,8 @@ void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t 
       __builtin_prefetch(rows.columns + starts[row + 1]);
       T* const before = partial + (row - row_begin) * L::kTile;
       typename L::Vector sum[V] = {};
-      accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], offsets,
-                       x + row / rows_per_group * group_size);
+      accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], place,
+                       groups == 1 ? input : input + row / rows_per_group * group_size);
       if (block > 0)
         for (int v = 0; v < V; ++v)
           sum[v] += *reinterpret_cast<const typename L::Unaligned*>(before + v * L::kWidth);
@@ -131,7 +157,7 @@ void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const
       const int64_t count = rows.counts[product.levels[k] * rows.rows + row];
       const int64_t from = rows.starts[row] + done;
       accumulate<T, V>(sum, values + from, rows.columns + from, count - done,
-                       d.packed.offsets.data(), input);
+                       Lookup{d.packed.offsets.data()}, input);
       done = count;
       finish.write(sum, row, out.data + k * level_stride + (row - row_begin) * out.row_stride);
     }
@@ -417,7 +443,13 @@ void multiply_lines(const GridDetails& d, int64_t k, int64_t line_begin, int64_t
           const Tile<T> to =
               direct ? Tile<T>{lines + row_begin * stride, stride} : Tile<T>{tile, L::kTile};
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
-            level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile, to);
+            const int64_t level = product.levels[k];
+            if (d.packed.stride > 0)
+              level_tile<T, V()>(d, Strided{d.packed.stride}, level, row_begin, row_end, input,
+                                 tile, to);
+            else
+              level_tile<T, V()>(d, Lookup{d.packed.offsets.data()}, level, row_begin, row_end,
+                                 input, tile, to);
           });
           if (!direct)
             store(d, tile, row_end - row_begin, out + row_begin * stride, lane, lanes, count);

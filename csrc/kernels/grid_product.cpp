@@ -102,6 +102,7 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
     throw std::length_error("an example of a convolution has more than 2^31 elements");
 
   const int64_t taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
+  packed.stride = taps == 1 ? packed.channel_size : 0;
   packed.offsets.resize(product.rows.row_size);
   for (int64_t column = 0; column < product.rows.row_size; ++column) {
     int64_t rest = column % taps;
@@ -167,7 +168,7 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
     d.packed = pack_layout(product, chunk);
   d.in_place = linear && is_packed(product, d.lanes);
   if (d.in_place) {
-    d.packed.channel_size = product.x.channel_stride;
+    d.packed.channel_size = d.packed.stride = product.x.channel_stride;
     for (int64_t column = 0; column < product.rows.row_size; ++column)
       d.packed.offsets[column] = int32_t(column * product.x.channel_stride);
   }
@@ -205,9 +206,9 @@ int64_t GridPlan::scratch_bytes() const {
     const int64_t lanes = d.winograd.step * d.packed.chunk;
     const int64_t rows = std::min(d.row_tile, d.product.rows.rows) + kMostRows;
     const int64_t channels = c.channels, image = c.input[1] * c.input[2] * d.packed.chunk;
-    const int64_t products = kPoints * (rows * lanes + kPointGap);
-    work = std::max(work, channels * image +
-                              kPoints * (rows * channels + channels * lanes + 2 * kPointGap) +
+    const int64_t products = kPointRoom * rows * lanes;
+    work = std::max(work, channels * image + kPoints * (rows * channels + kPointGap) +
+                              kPointRoom * channels * lanes +
                               std::max(products, d.product.rows.row_size * kMostRows));
   }
   return (input + 16 + work) * size + 64;

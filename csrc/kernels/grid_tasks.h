@@ -19,6 +19,7 @@ struct PackedInput {
   int64_t plane;                          // elements of one phase plane, and a gap
   int64_t channel_size;                   // elements of one channel: all its phase planes
   std::vector<int32_t> offsets;           // [row_size] of a weight, from its group's first channel
+  int64_t stride;                         // from offset to offset where that is the same, or 0
 };
 
 // Which levels are computed by minimal filtering, and its tiles of the output.
@@ -44,6 +45,7 @@ struct GridDetails {
 constexpr int kOutputSide = 4;          // of a tile of outputs, in minimal filtering
 constexpr int kSide = kOutputSide + 2;  // of its inputs
 constexpr int64_t kPoints = kSide * kSide;
+constexpr int64_t kPointRoom = kPoints + 1;  // odd, so that a point's vectors share few sets
 constexpr int64_t kPointGap = 16;  // elements that keep the points out of each other's cache lines
 constexpr int64_t kSharedRows = 16;  // rows whose K outputs are held while an input is shared
 

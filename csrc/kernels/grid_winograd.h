@@ -105,14 +105,13 @@ struct Image {
   int64_t begin[2], end[2];
 };
 
-// Tiles [begin, end) of an image, to [point, channel, tile, example], `point_size` from point to
-// point.
+// Tiles [begin, end) of an image, to [channel, tile, vector of examples, point].
 void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int64_t end,
-                    int64_t point_size, float* out, Finite<float>& finite) {
+                    float* out, Finite<float>& finite) {
   using L = Lanes<float>;
   const int64_t channels = d.product.convolution.channels, chunk = d.packed.chunk;
-  const int64_t channel_size = (end - begin) * chunk;
-  for (int64_t tile = begin; tile < end; ++tile, out += chunk) {
+  const int64_t channel_size = (end - begin) * chunk * kPointRoom;
+  for (int64_t tile = begin; tile < end; ++tile, out += chunk * kPointRoom) {
     const int64_t at[2] = {tile / d.winograd.tiles[1] * kOutputSide,
                            tile % d.winograd.tiles[1] * kOutputSide};
     int first[2], last[2];  // of the tile, in the image
@@ -128,7 +127,7 @@ void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int
       for (int64_t channel = 0; channel < channels; ++channel)
         for (int64_t b = 0; b < chunk; b += L::kWidth) {
           const float* from = corner + channel * image.channel_stride + b;
-          float* to = out + channel * channel_size + b;
+          float* to = out + channel * channel_size + b * kPointRoom;
           typename L::Vector x[kSide], columns[kSide][kSide], points[kSide];
           for (int c = 0; c < kSide; ++c) {
             for (int r = 0; r < kSide; ++r)
@@ -142,7 +141,7 @@ void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int
               x[c] = columns[c][r];
             input_transform(x, points);
             for (int c = 0; c < kSide; ++c)
-              *reinterpret_cast<typename L::Unaligned*>(to + (r * kSide + c) * point_size) =
+              *reinterpret_cast<typename L::Unaligned*>(to + (r * kSide + c) * L::kWidth) =
                   points[c];
             if (r == 0 || r == 1 || r == 5)  // each input is part of one of these points
               finite.look(points[0] + points[1] + points[5]);
@@ -156,36 +155,35 @@ void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int
   }
 }
 
-// sums[kDenseRows, V vectors] of weights [depth, kDenseRows] and x [depth, stride].
+// One point's sums [kDenseRows, V vectors] of weights [depth, kDenseRows] and x [depth, .., point];
+// `stride` from one depth or row to the next.
 template <int V>
-void dense_tile(const float* weights, const float* x, int64_t depth, int64_t stride, float* out,
-                int64_t out_stride) {
+void dense_tile(const float* weights, const float* x, int64_t depth, int64_t stride, float* out) {
   using L = Lanes<float>;
+  constexpr int64_t kNext = L::kWidth * kPointRoom;
   typename L::Vector sum[kDenseRows][V];
   for (int v = 0; v < V; ++v)
     for (int r = 0; r < kDenseRows; ++r)
-      sum[r][v] = weights[r] * load(x + v * L::kWidth);
+      sum[r][v] = weights[r] * load(x + v * kNext);
   for (int64_t i = 1; i < depth; ++i) {
     x += stride;
     weights += kDenseRows;
     typename L::Vector input[V];
     for (int v = 0; v < V; ++v)
-      input[v] = load(x + v * L::kWidth);
+      input[v] = load(x + v * kNext);
     for (int r = 0; r < kDenseRows; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] += weights[r] * input[v];
   }
   for (int r = 0; r < kDenseRows; ++r)
     for (int v = 0; v < V; ++v)
-      *reinterpret_cast<typename L::Unaligned*>(out + r * out_stride + v * L::kWidth) = sum[r][v];
+      *reinterpret_cast<typename L::Unaligned*>(out + r * stride + v * kNext) = sum[r][v];
 }
 
-// Tiles [begin, end) of one output row, from their products [point, ., tile, example] with
-// `point_size` from point to point.
+// Tiles [begin, end) of one output row, from their products [tile, vector of examples, point].
 template <class Output>
 void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t row,
-                     const float* products, int64_t point_size, int64_t begin, int64_t end,
-                     Output* y, int64_t count) {
+                     const float* products, int64_t begin, int64_t end, Output* y, int64_t count) {
   using L = Lanes<float>;
   const Convolution& c = d.product.convolution;
   const Activation& layout = d.product.y;
@@ -198,11 +196,11 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
     const int positions = int(std::min<int64_t>(kOutputSide, c.output[2] - position));
     Output* const corner =
         y + line * layout.position_strides[1] + position * layout.position_strides[2];
-    for (int64_t b = 0; b < d.packed.chunk; b += L::kWidth, products += L::kWidth) {
+    for (int64_t b = 0; b < d.packed.chunk; b += L::kWidth, products += L::kWidth * kPointRoom) {
       typename L::Vector m[kSide], half[kSide][kOutputSide], sums[kOutputSide];
       for (int column = 0; column < kSide; ++column) {
         for (int r = 0; r < kSide; ++r)
-          m[r] = load(products + (r * kSide + column) * point_size);
+          m[r] = load(products + (r * kSide + column) * L::kWidth);
         output_transform(m, half[column]);
       }
       const int64_t valid = std::min<int64_t>(L::kWidth, count - b);
@@ -271,7 +269,7 @@ void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_
   const int64_t weight_size = rows * channels + kPointGap;
   float* weights = scratch + channels * c.input[1] * c.input[2] * chunk;
   float* inputs = weights + kPoints * weight_size;
-  float* products = inputs + kPoints * (channels * most_lanes + kPointGap);
+  float* products = inputs + kPointRoom * channels * most_lanes;
   // The products are not there yet when a few rows of weights are laid out.
   winograd_weights(d, level, row_begin, row_end, products, weight_size, weights);
   const int64_t tiles = d.winograd.tiles[0] * d.winograd.tiles[1];
@@ -285,22 +283,21 @@ void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_
     const Image image = image_of(d, x + example * product.x.batch_stride, count, scratch);
     for (int64_t begin = tile_begin; begin < tile_end; begin += d.winograd.step) {
       const int64_t end = std::min(tile_end, begin + d.winograd.step);
-      const int64_t lanes = (end - begin) * chunk;
-      const int64_t input_size = channels * lanes + kPointGap;
-      const int64_t product_size = rows * lanes + kPointGap;
-      winograd_input(d, image, begin, end, input_size, inputs, finite);
+      const int64_t vectors = (end - begin) * chunk / L::kWidth;
+      const int64_t stride = vectors * L::kWidth * kPointRoom;  // from channel to channel
+      winograd_input(d, image, begin, end, inputs, finite);
       for (int64_t point = 0; point < kPoints; ++point)
-        for (int64_t lane = 0; lane < lanes; lane += kDenseVectors * L::kWidth)
+        for (int64_t v = 0; v < vectors; v += kDenseVectors)
           for (int64_t group = 0; group < groups; ++group)
-            with_vectors<kDenseVectors>((lanes - lane) / L::kWidth, [&](auto V) {
+            with_vectors<kDenseVectors>(vectors - v, [&](auto V) {
+              const int64_t at = (v * kPointRoom + point) * L::kWidth;
               dense_tile<V()>(weights + point * weight_size + group * channels * kDenseRows,
-                              inputs + point * input_size + lane, channels, lanes,
-                              products + point * product_size + group * kDenseRows * lanes + lane,
-                              lanes);
+                              inputs + at, channels, stride,
+                              products + group * kDenseRows * stride + at);
             });
       for (int64_t row = row_begin; row < row_end; ++row)
-        winograd_output(d, finish, row, products + (row - row_begin) * lanes, product_size, begin,
-                        end, y + example * product.y.batch_stride + row * product.y.channel_stride,
+        winograd_output(d, finish, row, products + (row - row_begin) * stride, begin, end,
+                        y + example * product.y.batch_stride + row * product.y.channel_stride,
                         count);
     }
   }
