@@ -199,7 +199,7 @@ class GridForward:
 
     def _prepare(self, batch: Any) -> None:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
-        torch.empty(_WARM_BYTES, dtype=torch.uint8)
+        torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
         probe = _Probe(self._layers)
         with probe:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -23,7 +22,7 @@ def depends_on_level(x: Tensor) -> bool:
 def levels_at_once(
     operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, level: Tensor
 ) -> Tensor:
-    """``operation(x [1 or K, ...], level [K]) -> [K, ...]``, for what vmap shows of `x` and `level`.
+    """``operation(x [1 or K, ...], level [K])`` for what vmap shows of `x` and `level`, as [K, ...].
 
     Raises
     ------
@@ -51,4 +50,4 @@ def levels_at_once(
     with temporarily_pop_interpreter_stack():
         x = x.unsqueeze(0) if dimension is None else x.movedim(dimension, 0)
         y = operation(x, levels)
-    return _functorch._add_batch_dim(y, 0, depth)  # type: ignore[no-any-return]
+    return _functorch._add_batch_dim(y, 0, depth)

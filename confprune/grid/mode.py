@@ -277,7 +277,7 @@ def _conv(dimensions: int) -> Callable[..., Any]:
                 relu,
             )
             y = y if mode.batch_minor else y.contiguous()
-            return y if batched else y.squeeze(1)
+            return y if batched else y.squeeze(1)  # type: ignore[no-any-return]
 
         return mode.fused(levels_at_once(convolve, input, mode.level))
 

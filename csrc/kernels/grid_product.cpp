@@ -14,7 +14,7 @@ constexpr int64_t kConvolutionChunk = 16;
 // Where minimal filtering is faster, as measured: from so many channels, and where its products,
 // some of which are of tiles that stand out, are a share of the weights alive.
 constexpr int64_t kWinogradChannels = 16;
-constexpr double kWinogradGain = 0.75;
+constexpr double kWinogradGain = 0.9;
 constexpr int64_t kWinogradStep = 3;  // tiles of a step: their sums stay in registers
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPackedBytes = 5 << 17;  // of a band of lines, within a second-level cache
