@@ -35,6 +35,10 @@ from confprune.losses import Loss, Reference, check_shapes
 ACTIVATION_BYTES = 64 << 20
 """Default budget for the activations of the levels and examples in flight together."""
 
+_WARM_BYTES = 31 << 20
+"""Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
+return it after every call, and the next activations cost no page faults."""
+
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
 _LANES = 128  # vectors that the products take together
 _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
@@ -195,6 +199,7 @@ class GridForward:
 
     def _prepare(self, batch: Any) -> None:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
+        torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
         probe = _Probe(self._layers)
         with probe:

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.grid.attention import attention, multi_head_attention
 from confprune.grid.fusion import LAYER_CALLS, Fusion, fixed_batch_norm
+from confprune.grid.levels_at_once import depends_on_level, levels_at_once
 
 _BLOCK = 64  # columns whose inputs stay in the first-level cache
+_TAPS_BLOCK = 96  # the same where neighbouring columns of a convolution share inputs
 _MAX_BLOCK = 32767
 _MAX_POOL = 3  # side of the largest window that is pooled view by view
 
@@ -52,7 +54,9 @@ class Layer:
             if transposed:
                 weight, levels = weight.t(), levels.t()
             weight, levels = weight.flatten(1), levels.flatten(1)
-            block = min(weight.shape[1], _MAX_BLOCK) if shared else _BLOCK
+            block = _TAPS_BLOCK if self.weight[0, 0].numel() > 1 else _BLOCK
+            if shared:
+                block = min(weight.shape[1], _MAX_BLOCK)
             rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, block)
             self._rows[shared, transposed] = (list(rows), weight.shape[0], block)
         return self._rows[shared, transposed]
@@ -118,7 +122,7 @@ class GridMode(TorchFunctionMode):
         ahead = self._ahead(func, args, kwargs)
         if ahead is not None:
             return ahead
-        prunable = [leaf for leaf in tree_iter((args, kwargs)) if self._is_prunable(leaf)]
+        prunable = [tensor for tensor in _tensors(args, kwargs) if id(tensor) in self.layers]
         self.met.update(self.layers[id(weight)].name for weight in prunable)
         if prunable and torch.is_autocast_enabled(self.level.device.type):
             raise NotImplementedError("torch.autocast chooses other types under vmap than without")
@@ -158,11 +162,11 @@ class GridMode(TorchFunctionMode):
         """The output that this call is about, if it has been made together with its layer."""
         if not self._done:
             return None
-        for leaf in tree_iter((args, kwargs)):
-            if id(leaf) in self._done:
-                y, functions = self._done.pop(id(leaf))
-                if func is not functions[0] or leaf is not args[0]:
-                    self._done[id(leaf)] = (y, functions)
+        for tensor in _tensors(args, kwargs):
+            if id(tensor) in self._done:
+                y, functions = self._done.pop(id(tensor))
+                if func is not functions[0] or tensor is not args[0]:
+                    self._done[id(tensor)] = (y, functions)
                     self.finish()
                 if len(functions) > 1:
                     self._done[id(y)] = (y, functions[1:])
@@ -184,8 +188,15 @@ class GridMode(TorchFunctionMode):
         return layer if layer is not None and layer.takes(x) else None
 
 
-def _depends_on_level(x: Tensor) -> bool:
-    return bool(torch._C._functorch.is_batchedtensor(x))
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a torch function, in lists and tuples too."""
+    found: list[Tensor] = []
+    for value in itertools.chain(args, kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value, {})
+    return found
 
 
 def _linear(mode: GridMode, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -206,15 +217,26 @@ def _matrix_product(
     layer = mode.layer(weight, x)
     if layer is None or weight.ndim != 2 or (bias is not None and id(bias) in mode.layers):
         return NotImplemented
-    rows, outputs, block = layer.rows(shared=not _depends_on_level(x), transposed=transposed)
+    rows, outputs, block = layer.rows(shared=not depends_on_level(x), transposed=transposed)
     # Sequences go on to normalisations over their features, which want these to be contiguous.
     batch_minor = mode.batch_minor and x.ndim == 2
-    inputs = x.reshape(1, -1, x.shape[-1])
     shift, scale, relu = mode.follow(bias)
-    y = torch.ops.confprune.grid_linear(
-        inputs, shift, mode.level.reshape(1), rows, outputs, block, batch_minor, scale, relu
-    )
-    return mode.fused(y.reshape(*x.shape[:-1], outputs))
+
+    def multiply(x: Tensor, level: Tensor) -> Tensor:
+        y = torch.ops.confprune.grid_linear(
+            x.reshape(len(x), -1, x.shape[-1]),
+            shift,
+            level,
+            rows,
+            outputs,
+            block,
+            batch_minor,
+            scale,
+            relu,
+        )
+        return y.reshape(len(level), *x.shape[1:-1], outputs)  # type: ignore[no-any-return]
+
+    return mode.fused(levels_at_once(multiply, x, mode.level))
 
 
 def _conv(dimensions: int) -> Callable[..., Any]:
@@ -234,27 +256,30 @@ def _conv(dimensions: int) -> Callable[..., Any]:
         margin = _padding(padding, weight, dilation)
         if margin is None or input.ndim not in (dimensions + 1, dimensions + 2):
             return NotImplemented
-        rows, outputs, block = layer.rows(shared=not _depends_on_level(input))
+        rows, outputs, block = layer.rows(shared=not depends_on_level(input))
         batched = input.ndim == dimensions + 2
         shift, scale, relu = mode.follow(bias)
-        y = torch.ops.confprune.grid_conv(
-            (input if batched else input.unsqueeze(0)).unsqueeze(0),
-            shift,
-            mode.level.reshape(1),
-            rows,
-            outputs,
-            block,
-            list(weight.shape[2:]),
-            each(stride, dimensions),
-            margin,
-            each(dilation, dimensions),
-            groups,
-            scale,
-            relu,
-        ).squeeze(0)
-        if not mode.batch_minor:
-            y = y.contiguous()
-        return mode.fused(y if batched else y.squeeze(0))
+
+        def convolve(x: Tensor, level: Tensor) -> Tensor:
+            y = torch.ops.confprune.grid_conv(
+                x if batched else x.unsqueeze(1),
+                shift,
+                level,
+                rows,
+                outputs,
+                block,
+                list(weight.shape[2:]),
+                each(stride, dimensions),
+                margin,
+                each(dilation, dimensions),
+                groups,
+                scale,
+                relu,
+            )
+            y = y if mode.batch_minor else y.contiguous()
+            return y if batched else y.squeeze(1)  # type: ignore[no-any-return]
+
+        return mode.fused(levels_at_once(convolve, input, mode.level))
 
     return conv
 
@@ -331,7 +356,7 @@ def _max_pool2d(
     """Max pooling as the maximum of shifted views: torch's own copies activations batch-minor."""
     kernel, step = each(kernel_size, 2), each(stride or kernel_size, 2)
     rare = ceil_mode or return_indices or each(dilation, 2) != [1, 1] or input.ndim != 4
-    if rare or not mode.batch_minor or not _depends_on_level(input) or max(kernel) > _MAX_POOL:
+    if rare or not mode.batch_minor or not depends_on_level(input) or max(kernel) > _MAX_POOL:
         return NotImplemented
     margin = each(padding, 2)
     if any(margin):

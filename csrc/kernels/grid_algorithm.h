@@ -25,17 +25,43 @@ struct Lanes {
       __attribute__((vector_size(CONFPRUNE_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
 
-// sum[v] += Σ_p values[p] · x[offsets[columns[p]] + lanes of v]: the innermost loop of everything.
-template <class T, int V>
+// Where the inputs of a column of the weight are: looked up, or by a stride. A block of columns is
+// `from` its first on, and lies at `origin`.
+struct Lookup {
+  const int32_t* offsets;
+  Lookup from(int64_t first) const { return {offsets + first}; }
+  int64_t origin(int64_t) const { return 0; }
+  int64_t operator()(int64_t column) const { return offsets[column]; }
+};
+struct Strided {
+  int64_t stride;
+  Strided from(int64_t) const { return *this; }
+  int64_t origin(int64_t first) const { return first * stride; }
+  int64_t operator()(int64_t column) const { return column * stride; }
+};
+
+// sum[v] += Σ_p values[p] · x[place(columns[p]) + lanes of v]: the innermost loop of everything.
+// Its limit are loads, so that four columns are read with one.
+template <class T, int V, class Place>
 inline void accumulate(typename Lanes<T>::Vector (&sum)[V], const T* values, const int16_t* columns,
-                       int64_t count, const int32_t* offsets, const T* x) {
+                       int64_t count, Place place, const T* x) {
   using L = Lanes<T>;
-  for (int64_t p = 0; p < count; ++p) {
-    const T value = values[p];
-    const T* at = x + offsets[columns[p]];
+  const auto add = [&](T value, int64_t column) {
+    const T* at = x + place(column);
     for (int v = 0; v < V; ++v)
       sum[v] += value * *reinterpret_cast<const typename L::Unaligned*>(at + v * L::kWidth);
+  };
+  int64_t p = 0;
+  for (; p + 4 <= count; p += 4) {
+    uint16_t four[4];
+    uint64_t word;
+    std::memcpy(&word, columns + p, sizeof(word));
+    std::memcpy(four, &word, sizeof(word));
+    for (int i = 0; i < 4; ++i)
+      add(values[p + i], four[i]);
   }
+  for (; p < count; ++p)
+    add(values[p], columns[p]);
 }
 
 // Rows of lanes in memory: scratch, or the output itself where its lanes are neighbours.
@@ -74,18 +100,18 @@ struct Finish {
 // out[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level; `partial`
 // holds the sums over the blocks before the last. The additions stand in the order of shared_tile,
 // so that a level does not depend on those asked for with it.
-template <class T, int V>
-void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end, const T* x,
-                T* partial, Tile<T> out) {
+template <class T, int V, class Place>
+void level_tile(const GridDetails& d, Place places, int64_t level, int64_t row_begin,
+                int64_t row_end, const T* x, T* partial, Tile<T> out) {
   using L = Lanes<T>;
   const PrefixRows& rows = d.product.rows;
   const T* values = static_cast<const T*>(rows.values);
   const Finish<T> finish(d.product);
-  const int64_t rows_per_group = rows.rows / d.product.convolution.groups;
-  const int64_t group_size =
-      d.product.convolution.channels / d.product.convolution.groups * d.packed.channel_size;
+  const int64_t groups = d.product.convolution.groups, rows_per_group = rows.rows / groups;
+  const int64_t group_size = d.product.convolution.channels / groups * d.packed.channel_size;
   for (int64_t block = 0; block < rows.blocks; ++block) {
-    const int32_t* offsets = d.packed.offsets.data() + block * rows.block;
+    const Place place = places.from(block * rows.block);
+    const T* const input = x + places.origin(block * rows.block);
     const int64_t* starts = rows.starts + block * rows.rows;
     const int16_t* counts = rows.counts + (level * rows.blocks + block) * rows.rows;
     const bool last = block + 1 == rows.blocks;
@@ -95,8 +121,8 @@ void level_tile(const GridDetails& d, int64_t level, int64_t row_begin, int64_t 
       __builtin_prefetch(rows.columns + starts[row + 1]);
       T* const before = partial + (row - row_begin) * L::kTile;
       typename L::Vector sum[V] = {};
-      accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], offsets,
-                       x + row / rows_per_group * group_size);
+      accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], place,
+                       groups == 1 ? input : input + row / rows_per_group * group_size);
       if (block > 0)
         for (int v = 0; v < V; ++v)
           sum[v] += *reinterpret_cast<const typename L::Unaligned*>(before + v * L::kWidth);
@@ -131,7 +157,7 @@ void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const
       const int64_t count = rows.counts[product.levels[k] * rows.rows + row];
       const int64_t from = rows.starts[row] + done;
       accumulate<T, V>(sum, values + from, rows.columns + from, count - done,
-                       d.packed.offsets.data(), input);
+                       Lookup{d.packed.offsets.data()}, input);
       done = count;
       finish.write(sum, row, out.data + k * level_stride + (row - row_begin) * out.row_stride);
     }
@@ -154,12 +180,15 @@ void with_vectors(int64_t vectors, Body body) {
 template <class T>
 class Finite {
  public:
+  void look(typename Lanes<T>::Vector values) { zeros_[0] += T(0) * values; }
   void look(const T* values, int64_t count) {
     int64_t i = 0;
     for (; i + kSums * L::kWidth <= count; i += kSums * L::kWidth)
       for (int s = 0; s < kSums; ++s)
         zeros_[s] +=
             T(0) * *reinterpret_cast<const typename L::Unaligned*>(values + i + s * L::kWidth);
+    for (; i + L::kWidth <= count; i += L::kWidth)
+      look(*reinterpret_cast<const typename L::Unaligned*>(values + i));
     for (; i < count; ++i)
       zero_ += T(0) * values[i];
   }
@@ -250,11 +279,18 @@ void pack_transposed(const Input* x, int64_t batch_stride, int64_t channel_strid
 template <class T, class Input>
 void pack_line(const Input* line, int64_t position_stride, int64_t batch_stride, int64_t count,
                int64_t begin, int64_t end, int64_t step, int64_t chunk, T* out) {
-  if (std::is_same<T, Input>::value && batch_stride == 1 && step == 1 && count == chunk &&
-      position_stride == chunk) {
-    std::memcpy(out, line + begin * chunk, size_t((end - begin) * chunk) * sizeof(T));
-    return;
-  }
+  if constexpr (std::is_same<T, Input>::value)
+    if (batch_stride == 1 && count == chunk && chunk % Lanes<T>::kWidth == 0) {
+      if (step == 1 && position_stride == chunk)
+        std::memcpy(out, line + begin * chunk, size_t((end - begin) * chunk) * sizeof(T));
+      else
+        for (int64_t at = begin; at < end; at += step)
+          for (int64_t b = 0; b < chunk; b += Lanes<T>::kWidth, out += Lanes<T>::kWidth)
+            *reinterpret_cast<typename Lanes<T>::Unaligned*>(out) =
+                *reinterpret_cast<const typename Lanes<T>::Unaligned*>(line + at * position_stride +
+                                                                       b);
+      return;
+    }
   for (int64_t at = begin; at < end; at += step, out += chunk) {
     const Input* from = line + at * position_stride;
     if (batch_stride == 1)
@@ -267,45 +303,60 @@ void pack_line(const Input* line, int64_t position_stride, int64_t batch_stride,
   }
 }
 
-// x[slot, first example ..] into [channel, phase, extent, chunk]; what is padding, or past the
-// batch, is 0.
+// One phase of a channel, whose first example is at `channel`, into [extent, chunk], for a band of
+// output lines from `line` on; padding is 0.
 template <class T, class Input>
-void pack(const GridDetails& d, const Input* x, int64_t first, T* packed) {
+void pack_phase(const GridDetails& d, const Input* channel, int64_t count, int64_t line, int64_t p0,
+                int64_t p1, int64_t p2, T* out, Finite<T>& finite) {
+  const Convolution& c = d.product.convolution;
+  const Activation& layout = d.product.x;
+  const PackedInput& p = d.packed;
+  // Of a line's positions, those in [begin, end) are not padding.
+  const int64_t step = c.stride[2], shift = p2 - c.padding[2];
+  const int64_t begin = std::min(p.extent[2], std::max<int64_t>(0, (step - 1 - shift) / step));
+  const int64_t end = std::min(p.extent[2], (c.input[2] - shift + step - 1) / step);
+  for (int64_t i0 = 0; i0 < p.extent[0]; ++i0)
+    for (int64_t i1 = 0; i1 < p.extent[1]; ++i1, out += p.extent[2] * p.chunk) {
+      const int64_t a0 = i0 * c.stride[0] + p0 - c.padding[0];
+      const int64_t a1 = (line + i1) * c.stride[1] + p1 - c.padding[1];
+      T* const stop = out + p.extent[2] * p.chunk;
+      if (a0 < 0 || a0 >= c.input[0] || a1 < 0 || a1 >= c.input[1] || end <= begin) {
+        std::fill(out, stop, T(0));
+        continue;
+      }
+      std::fill(out, out + begin * p.chunk, T(0));
+      pack_line(channel + a0 * layout.position_strides[0] + a1 * layout.position_strides[1],
+                layout.position_strides[2], layout.batch_stride, count, begin * step + shift,
+                (end - 1) * step + shift + 1, step, p.chunk, out + begin * p.chunk);
+      std::fill(out + end * p.chunk, stop, T(0));
+      finite.look(out, p.extent[2] * p.chunk);
+    }
+}
+
+// x[first example ..] into [channel, phase, extent, chunk], for a band of output lines from `line`
+// on; what is padding, or past the batch, is 0.
+template <class T, class Input>
+void pack(const GridDetails& d, const Input* x, int64_t first, int64_t line, T* packed,
+          Finite<T>& finite) {
   const Convolution& c = d.product.convolution;
   const Activation& layout = d.product.x;
   const PackedInput& p = d.packed;
   const int64_t count = std::min(p.chunk, d.product.batch - first);
   const Input* base = x + first * layout.batch_stride;
   if (p.channel_size == p.chunk && c.input[0] * c.input[1] * c.input[2] == 1 &&
-      layout.batch_stride != 1)
-    return pack_transposed(base, layout.batch_stride, layout.channel_stride, count, c.channels,
-                           p.chunk, packed);
-  T* out = packed;
-  for (int64_t channel = 0; channel < c.channels; ++channel) {
-    const Input* plane = base + channel * layout.channel_stride;
+      layout.batch_stride != 1) {
+    pack_transposed(base, layout.batch_stride, layout.channel_stride, count, c.channels, p.chunk,
+                    packed);
+    return finite.look(packed, c.channels * p.chunk);
+  }
+  for (int64_t channel = 0; channel < c.channels; ++channel)
     for (int64_t p0 : p.phases[0])
       for (int64_t p1 : p.phases[1])
-        for (int64_t p2 : p.phases[2])
-          for (int64_t i0 = 0; i0 < p.extent[0]; ++i0)
-            for (int64_t i1 = 0; i1 < p.extent[1]; ++i1, out += p.extent[2] * p.chunk) {
-              const int64_t a0 = i0 * c.stride[0] + p0 - c.padding[0];
-              const int64_t a1 = i1 * c.stride[1] + p1 - c.padding[1];
-              // Of the line's positions, those in [begin, end) are not padding.
-              const int64_t step = c.stride[2], shift = p2 - c.padding[2];
-              int64_t begin =
-                  std::min(p.extent[2], std::max<int64_t>(0, (step - 1 - shift) / step));
-              int64_t end = std::min(p.extent[2], (c.input[2] - shift + step - 1) / step);
-              if (a0 < 0 || a0 >= c.input[0] || a1 < 0 || a1 >= c.input[1] || end <= begin)
-                begin = end = 0;
-              std::fill(out, out + begin * p.chunk, T(0));
-              if (begin < end)
-                pack_line(plane + a0 * layout.position_strides[0] + a1 * layout.position_strides[1],
-                          layout.position_strides[2], layout.batch_stride, count,
-                          begin * step + shift, (end - 1) * step + shift + 1, step, p.chunk,
-                          out + begin * p.chunk);
-              std::fill(out + end * p.chunk, out + p.extent[2] * p.chunk, T(0));
-            }
-  }
+        for (int64_t p2 : p.phases[2]) {
+          pack_phase(d, base + channel * layout.channel_stride, count, line, p0, p1, p2, packed,
+                     finite);
+          packed += p.plane;
+        }
 }
 
 // One tile of lanes to y: lane = position along the last dimension * chunk + example.
@@ -363,56 +414,24 @@ void store(const GridDetails& d, const T* tile, int64_t rows, Output* y, int64_t
 namespace confprune {
 namespace {
 
+// Lines [line_begin, line_end) of the outputs of a packed chunk of examples.
 template <class T, class InOut>
-void run_typed(const GridDetails& d, int64_t task, void* scratch) {
+void multiply_lines(const GridDetails& d, int64_t k, int64_t line_begin, int64_t line_end,
+                    int64_t row_begin, int64_t row_end, int64_t count, const T* packed, T* tile,
+                    InOut* y) {
   using L = Lanes<T>;
   const GridProduct& product = d.product;
   const Convolution& c = product.convolution;
-  const int64_t group = task % d.row_groups;
-  const int64_t chunk_index = task / d.row_groups % d.chunks;
-  const int64_t k = task / d.row_groups / d.chunks;  // 0 when shared
-  const int64_t row_begin = group * d.row_tile;
-  const int64_t row_end = std::min(product.rows.rows, row_begin + d.row_tile);
-  const int64_t first = chunk_index * d.packed.chunk;
-  const int64_t count = std::min(d.packed.chunk, product.batch - first);
-
-  T* packed = static_cast<T*>(scratch);
-  const int64_t size = d.in_place ? 0 : c.channels * d.packed.channel_size;
-  T* tile = packed + (size + L::kTile + 15) / 16 * 16;
-
-  const InOut* x = static_cast<const InOut*>(product.x.data);
-  if (!product.shared)
-    x += k * product.x.level_stride;
-  Finite<T> finite;
-  if (d.in_place) {
-    packed = const_cast<T*>(reinterpret_cast<const T*>(x + first));
-    if (group == 0)
-      for (int64_t channel = 0; channel < c.channels; ++channel)
-        finite.look(packed + channel * d.packed.channel_size, count);
-  } else {
-    pack(d, x, first, packed);
-    // Tiles may read a vector past the last position; what they read never reaches y.
-    std::fill(packed + size, packed + size + L::kTile, T(0));
-    if (group == 0)
-      finite.look(packed, size);
-  }
-  if (!finite.all())
-    product.finite->store(false, std::memory_order_relaxed);
-
-  InOut* y = static_cast<InOut*>(product.y.data) + first * product.y.batch_stride;
-  if (!product.shared)
-    y += k * product.y.level_stride;
-  if constexpr (std::is_same<T, float>::value)
-    if (!d.winograd.levels.empty() && d.winograd.levels[k])
-      return run_winograd(d, product.levels[k], row_begin, row_end, packed, tile, y, count);
   const int64_t line_lanes = c.output[2] * d.packed.chunk;
   for (int64_t o0 = 0; o0 < c.output[0]; ++o0)
-    for (int64_t o1 = 0; o1 < c.output[1]; ++o1)
+    for (int64_t o1 = line_begin; o1 < line_end; ++o1)
       for (int64_t lane = 0; lane < line_lanes; lane += L::kTile) {
         const int64_t lanes = std::min<int64_t>(L::kTile, line_lanes - lane);
         const int64_t vectors = (lanes + L::kWidth - 1) / L::kWidth;
         const T* input =
-            packed + (o0 * d.packed.extent[1] + o1) * d.packed.extent[2] * d.packed.chunk + lane;
+            packed +
+            (o0 * d.packed.extent[1] + o1 - line_begin) * d.packed.extent[2] * d.packed.chunk +
+            lane;
         InOut* out = y + o0 * product.y.position_strides[0] + o1 * product.y.position_strides[1];
         // Whether the lanes are neighbours in y too, and fill its vectors.
         const bool direct = std::is_same<T, InOut>::value && product.y.batch_stride == 1 &&
@@ -424,7 +443,13 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
           const Tile<T> to =
               direct ? Tile<T>{lines + row_begin * stride, stride} : Tile<T>{tile, L::kTile};
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
-            level_tile<T, V()>(d, product.levels[k], row_begin, row_end, input, tile, to);
+            const int64_t level = product.levels[k];
+            if (d.packed.stride > 0)
+              level_tile<T, V()>(d, Strided{d.packed.stride}, level, row_begin, row_end, input,
+                                 tile, to);
+            else
+              level_tile<T, V()>(d, Lookup{d.packed.offsets.data()}, level, row_begin, row_end,
+                                 input, tile, to);
           });
           if (!direct)
             store(d, tile, row_end - row_begin, out + row_begin * stride, lane, lanes, count);
@@ -444,6 +469,61 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
                     out + j * product.y.level_stride + row * stride, lane, lanes, count);
         }
       }
+}
+
+// One part of the outputs, rows [row_begin, row_end), at level k, or at all levels that share x.
+template <class T, class InOut>
+void run_part(const GridDetails& d, int64_t k, int64_t part, int64_t row_begin, int64_t row_end,
+              const InOut* x, T* scratch, InOut* y) {
+  using L = Lanes<T>;
+  const GridProduct& product = d.product;
+  const Convolution& c = product.convolution;
+  const int64_t first = part / d.bands * d.packed.chunk;
+  const int64_t count = std::min(d.packed.chunk, product.batch - first);
+  const int64_t line = part % d.bands * d.packed.band;
+  const int64_t line_end = std::min(c.output[1], line + d.packed.band);
+  const int64_t size = d.in_place ? 0 : c.channels * d.packed.channel_size;
+  const T* packed = scratch;
+  T* const tile = scratch + (size + L::kTile + 15) / 16 * 16;
+  Finite<T> finite;
+  if (d.in_place) {
+    packed = reinterpret_cast<const T*>(x + first);
+    if (row_begin == 0)
+      for (int64_t channel = 0; channel < c.channels; ++channel)
+        finite.look(packed + channel * d.packed.channel_size, count);
+  } else {
+    pack(d, x, first, line, scratch, finite);
+    // Tiles may read a vector past the last position; what they read never reaches y.
+    std::fill(scratch + size, scratch + size + L::kTile, T(0));
+  }
+  if (!finite.all())
+    product.finite->store(false, std::memory_order_relaxed);
+  multiply_lines(d, k, line, line_end, row_begin, row_end, count, packed, tile,
+                 y + first * product.y.batch_stride);
+}
+
+template <class T, class InOut>
+void run_typed(const GridDetails& d, int64_t task, void* scratch) {
+  const GridProduct& product = d.product;
+  const int64_t row_group = task % d.row_groups;
+  const int64_t part_group = task / d.row_groups % d.part_groups;
+  const int64_t k = task / d.row_groups / d.part_groups;  // 0 when shared
+  const int64_t row_begin = row_group * d.row_tile;
+  const int64_t row_end = std::min(product.rows.rows, row_begin + d.row_tile);
+  const int64_t begin = part_group * d.parts / d.part_groups;
+  const int64_t end = (part_group + 1) * d.parts / d.part_groups;
+  const InOut* x = static_cast<const InOut*>(product.x.data);
+  InOut* y = static_cast<InOut*>(product.y.data);
+  if (!product.shared) {
+    x += k * product.x.level_stride;
+    y += k * product.y.level_stride;
+  }
+  T* const space = static_cast<T*>(scratch);
+  if constexpr (std::is_same<T, float>::value)
+    if (!d.winograd.levels.empty() && d.winograd.levels[k])
+      return run_winograd(d, product.levels[k], row_begin, row_end, begin, end, x, space, y);
+  for (int64_t part = begin; part < end; ++part)
+    run_part(d, k, part, row_begin, row_end, x, space, y);
 }
 
 int64_t tile_lanes(bool wide) {

@@ -11,13 +11,15 @@ namespace confprune {
 namespace {
 
 constexpr int64_t kConvolutionChunk = 16;
-// Where minimal filtering is faster, as measured: from so many channels, outputs of a channel, and
-// weights alive.
+// Where minimal filtering is faster, as measured: from so many channels, and where its products,
+// some of which are of tiles that stand out, are a share of the weights alive.
 constexpr int64_t kWinogradChannels = 16;
-constexpr int64_t kWinogradOutputs = 100;
-constexpr int64_t kWinogradBytes = 1 << 19;  // of transformed tiles, within a second-level cache
-constexpr double kWinogradDensity = 0.55;
-constexpr int64_t kLineOfLanes = 512;  // bytes from one input to the next, at most, unpacked
+constexpr double kWinogradGain = 0.9;
+constexpr int64_t kWinogradStep = 3;  // tiles of a step: their sums stay in registers
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kPackedBytes = 5 << 17;  // of a band of lines, within a second-level cache
+constexpr int64_t kLeastBand = 4;          // lines: neighbouring bands share some
+constexpr int64_t kLineOfLanes = 512;      // bytes from one input to the next, at most, unpacked
 constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
 
 // Whether minimal filtering is for this convolution; at which of its levels is another question.
@@ -26,12 +28,22 @@ bool is_winograd(const GridProduct& product) {
   return !product.shared && !product.wide && c.groups == 1 && c.kernel[0] == 1 &&
          c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[0] == 1 && c.padding[0] == 0 &&
          c.stride[1] == 1 && c.stride[2] == 1 && c.dilation[1] == 1 && c.dilation[2] == 1 &&
-         c.channels >= kWinogradChannels && product.rows.rows >= kWinogradChannels &&
-         c.output[1] * c.output[2] >= kWinogradOutputs;
+         c.channels >= kWinogradChannels && product.rows.rows >= kWinogradChannels;
+}
+
+// Tiles of the output, down and across.
+void winograd_tiles(const Convolution& c, int64_t (&tiles)[2]) {
+  for (int d = 0; d < 2; ++d)
+    tiles[d] = (c.output[d + 1] + kOutputSide - 1) / kOutputSide;
 }
 
 // The levels with so many weights alive that minimal filtering is faster.
 std::vector<uint8_t> dense_levels(const GridProduct& product) {
+  const Convolution& c = product.convolution;
+  int64_t tiles[2];
+  winograd_tiles(c, tiles);
+  const double products = double(tiles[0] * tiles[1] * kPoints) /
+                          double(c.output[1] * c.output[2] * c.kernel[1] * c.kernel[2]);
   const PrefixRows& rows = product.rows;
   const int64_t cells = rows.blocks * rows.rows;
   std::vector<uint8_t> dense(product.num_levels);
@@ -40,16 +52,26 @@ std::vector<uint8_t> dense_levels(const GridProduct& product) {
     int64_t alive = 0;
     for (int64_t cell = 0; cell < cells; ++cell)
       alive += counts[cell];
-    dense[k] = double(alive) >= kWinogradDensity * double(rows.rows * rows.row_size);
+    dense[k] = products <= kWinogradGain * double(alive) / double(rows.rows * rows.row_size);
   }
   return dense;
+}
+
+// At least so many elements, and as many as keep planes of whole cache lines in different sets of
+// the first-level cache: the same positions of all channels are read together.
+int64_t spread(int64_t elements, int64_t chunk, int64_t size) {
+  constexpr int64_t kLine = 64, kGap = 16, kOffset = 9;  // lines
+  if (elements == chunk || chunk * size % kLine != 0)
+    return elements;
+  const int64_t lines = elements * size / kLine;
+  return (lines + (kOffset + kGap - lines % kGap) % kGap) * kLine / size;
 }
 
 PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
   const Convolution& c = product.convolution;
   PackedInput packed;
   packed.chunk = chunk;
-  int64_t planes = 1;
+  int64_t planes = 1, reach_of_lines = 0;
   for (int d = 0; d < kSpatial; ++d) {
     int64_t reach = 0;
     for (int64_t k = 0; k < c.kernel[d]; ++k) {
@@ -61,17 +83,26 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
     std::sort(phases.begin(), phases.end());
     phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
     packed.extent[d] = c.output[d] + reach;
-    if (d > 0 && is_winograd(product))
-      packed.extent[d] = (c.output[d] + 1) / 2 * 2 + reach;
     planes *= int64_t(phases.size());
+    if (d == 1)
+      reach_of_lines = reach;
   }
-  const int64_t plane = packed.extent[0] * packed.extent[1] * packed.extent[2] * chunk;
-  packed.channel_size = planes * plane;
+  const int64_t size = product.wide ? 8 : 4;
+  const int64_t line = c.channels * planes * packed.extent[0] * packed.extent[2] * chunk * size;
+  packed.band = std::max(kLeastBand, kPackedBytes / line - reach_of_lines);
+  packed.band = std::min(packed.band, c.output[1]);
+  const int64_t bands = (c.output[1] + packed.band - 1) / packed.band;
+  packed.band = (c.output[1] + bands - 1) / bands;
+  packed.extent[1] = packed.band + reach_of_lines;
+  packed.plane =
+      spread(packed.extent[0] * packed.extent[1] * packed.extent[2] * chunk, chunk, size);
+  packed.channel_size = planes * packed.plane;
   const int64_t channels = std::max<int64_t>(1, c.channels / c.groups);
   if (packed.channel_size > std::numeric_limits<int32_t>::max() / channels)
     throw std::length_error("an example of a convolution has more than 2^31 elements");
 
   const int64_t taps = c.kernel[0] * c.kernel[1] * c.kernel[2];
+  packed.stride = taps == 1 ? packed.channel_size : 0;
   packed.offsets.resize(product.rows.row_size);
   for (int64_t column = 0; column < product.rows.row_size; ++column) {
     int64_t rest = column % taps;
@@ -88,7 +119,7 @@ PackedInput pack_layout(const GridProduct& product, int64_t chunk) {
       inside = inside * packed.extent[d] + tap[d] / c.stride[d];
     }
     packed.offsets[column] =
-        int32_t(column / taps * packed.channel_size + phase * plane + inside * chunk);
+        int32_t(column / taps * packed.channel_size + phase * packed.plane + inside * chunk);
   }
   return packed;
 }
@@ -129,25 +160,26 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
   if (is_winograd(product) && fit >= kConvolutionChunk) {
     chunk = kConvolutionChunk;
+    winograd_tiles(c, d.winograd.tiles);
     d.winograd.levels = dense_levels(product);
-    d.winograd.tiles[0] = (c.output[1] + 1) / 2;
-    d.winograd.tiles[1] = (c.output[2] + 1) / 2;
-    const int64_t tile = 4 * kPoints * kConvolutionChunk * (c.channels + product.rows.rows);
-    const int64_t steps = (d.winograd.tiles[1] * tile + kWinogradBytes - 1) / kWinogradBytes;
-    d.winograd.step = (d.winograd.tiles[1] + steps - 1) / steps;
+    d.winograd.step = kWinogradStep;
   }
   if (chunk > 1)
     d.packed = pack_layout(product, chunk);
   d.in_place = linear && is_packed(product, d.lanes);
   if (d.in_place) {
-    d.packed.channel_size = product.x.channel_stride;
+    d.packed.channel_size = d.packed.stride = product.x.channel_stride;
     for (int64_t column = 0; column < product.rows.row_size; ++column)
       d.packed.offsets[column] = int32_t(column * product.x.channel_stride);
   }
-  d.chunks = (product.batch + d.packed.chunk - 1) / d.packed.chunk;
+  d.bands = (c.output[1] + d.packed.band - 1) / d.packed.band;
+  d.parts = (product.batch + d.packed.chunk - 1) / d.packed.chunk * d.bands;
   const int64_t inputs = product.shared ? 1 : product.num_levels;
-  const int64_t row_groups =
-      std::max<int64_t>(1, 4 * threads / std::max<int64_t>(1, inputs * d.chunks));
+  // Enough tasks for all threads; the weights of a level are prepared once a task, inputs once a
+  // group of rows.
+  const int64_t wanted = std::max<int64_t>(1, kTasksPerThread * threads / inputs);
+  d.part_groups = std::min(d.parts, wanted);
+  const int64_t row_groups = wanted / d.part_groups;
   const int64_t rows = product.rows.rows;
   d.row_tile = std::max<int64_t>(kSharedRows, (rows + row_groups - 1) / row_groups);
   d.row_groups = (rows + d.row_tile - 1) / d.row_tile;
@@ -159,7 +191,7 @@ GridPlan::~GridPlan() {
 
 int64_t GridPlan::tasks() const {
   const GridDetails& d = *details_;
-  return (d.product.shared ? 1 : d.product.num_levels) * d.chunks * d.row_groups;
+  return (d.product.shared ? 1 : d.product.num_levels) * d.part_groups * d.row_groups;
 }
 
 int64_t GridPlan::scratch_bytes() const {
@@ -169,12 +201,15 @@ int64_t GridPlan::scratch_bytes() const {
   const int64_t input = d.product.convolution.channels * d.packed.channel_size + d.lanes;
   int64_t work = tile_rows * d.lanes;
   if (!d.winograd.levels.empty()) {
+    const Convolution& c = d.product.convolution;
     constexpr int64_t kMostRows = 8;  // rows are filled up to the dense product's
     const int64_t lanes = d.winograd.step * d.packed.chunk;
     const int64_t rows = std::min(d.row_tile, d.product.rows.rows) + kMostRows;
-    const int64_t channels = d.product.convolution.channels;
-    work = std::max(work, kPoints * (rows * channels + (channels + rows) * lanes + 2 * kPointGap) +
-                              std::max(4 * lanes, d.product.rows.row_size));
+    const int64_t channels = c.channels, image = c.input[1] * c.input[2] * d.packed.chunk;
+    const int64_t products = kPointRoom * rows * lanes;
+    work = std::max(work, channels * image + kPoints * (rows * channels + kPointGap) +
+                              kPointRoom * channels * lanes +
+                              std::max(products, d.product.rows.row_size * kMostRows));
   }
   return (input + 16 + work) * size + 64;
 }

@@ -1,9 +1,9 @@
 // 3 x 3 convolutions by Winograd's minimal filtering, over a vector width; part of
 // grid_algorithm.h.
 //
-// Four neighbouring outputs take 16 multiplications a channel instead of 36 (Lavin & Gray, arXiv
-// 1509.09308, section 4.1), but the transformed weights are dense: it pays at levels where many
-// weights are alive. The input is transformed a row of 2 x 2 tiles at a time, each of its 16 points
+// 4 x 4 neighbouring outputs take 36 multiplications a channel instead of 144 (Lavin & Gray, arXiv
+// 1509.09308, section 4.2), but the transformed weights are dense: it pays at levels where many
+// weights are alive. Tiles of 6 x 6 inputs are transformed a few at a time, each of their 36 points
 // is a matrix product over the channels, and the products are transformed back.
 
 namespace confprune {
@@ -13,209 +13,301 @@ namespace {
 constexpr int kDenseRows = CONFPRUNE_VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int kDenseVectors = 3;
 
+typedef float DenseColumn __attribute__((vector_size(kDenseRows * sizeof(float))));
+typedef float UnalignedDenseColumn
+    __attribute__((vector_size(kDenseRows * sizeof(float)), aligned(alignof(float)), may_alias));
+
 template <class T>
 inline typename Lanes<T>::Vector load(const T* at) {
   return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(at);
 }
 
-// (a, b, c, d) -> B^T (a, b, c, d), the transform of four inputs.
+// The polynomials of the transforms are evaluated at 0, kNear, -kNear, kFar, -kFar and infinity.
+// With these points (kNear² = 1/2, kFar² = 2) the rounding errors are a quarter of those with 1
+// and 2.
+constexpr float kNear = 0.70710678f, kFar = 1.41421356f;
+
+// The transform of three weights.
 template <class V>
-inline void input_transform(V a, V b, V c, V d, V (&out)[4]) {
-  out[0] = a - c;
-  out[1] = b + c;
-  out[2] = c - b;
-  out[3] = b - d;
+inline void weight_transform(V a, V b, V c, V (&out)[kSide]) {
+  const V near = (a + 0.5f * c) * (-1 / 1.5f), near_odd = b * (-kNear / 1.5f);
+  const V far = (a + 2.0f * c) * (1.0f / 6), far_odd = b * (kFar / 6);
+  out[0] = a;
+  out[1] = near + near_odd;
+  out[2] = near - near_odd;
+  out[3] = far + far_odd;
+  out[4] = far - far_odd;
+  out[5] = c;
+}
+
+// The transform of six inputs.
+template <class V>
+inline void input_transform(const V (&x)[kSide], V (&out)[kSide]) {
+  const V near = x[4] - 2.0f * x[2], near_odd = x[3] - 2.0f * x[1];
+  const V far = x[4] - 0.5f * x[2], far_odd = x[3] - 0.5f * x[1];
+  out[0] = x[0] + (x[4] - 2.5f * x[2]);
+  out[1] = near + kNear * near_odd;
+  out[2] = near - kNear * near_odd;
+  out[3] = far + kFar * far_odd;
+  out[4] = far - kFar * far_odd;
+  out[5] = x[1] + (x[5] - 2.5f * x[3]);
+}
+
+// The four outputs of six products.
+template <class V>
+inline void output_transform(const V (&m)[kSide], V (&out)[kOutputSide]) {
+  const V near = m[1] + m[2], near_odd = kNear * (m[1] - m[2]);
+  const V far = m[3] + m[4], far_odd = kFar * (m[3] - m[4]);
+  out[0] = m[0] + (near + far);
+  out[1] = near_odd + far_odd;
+  out[2] = 0.5f * near + 2.0f * far;
+  out[3] = 0.5f * near_odd + (2.0f * far_odd + m[5]);
 }
 
 // The weights of rows [row_begin, row_end) at a level, transformed: [point, row / kDenseRows,
-// channel, kDenseRows], with rows of zeros at the end. `dense` has room for a row.
+// channel, kDenseRows], with rows of zeros at the end. `dense` has room for kDenseRows rows.
 void winograd_weights(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end,
-                      float* dense, float* out) {
+                      float* dense, int64_t point_size, float* out) {
   const PrefixRows& rows = d.product.rows;
   const float* values = static_cast<const float*>(rows.values);
   const int64_t channels = d.product.convolution.channels;
   const int64_t groups = (row_end - row_begin + kDenseRows - 1) / kDenseRows;
-  const int64_t point_size = groups * channels * kDenseRows;
-  for (int64_t at = 0; at < groups * kDenseRows; ++at) {
-    const int64_t row = row_begin + at;
-    std::fill(dense, dense + rows.row_size, 0.0f);
-    for (int64_t block = 0; row < row_end && block < rows.blocks; ++block) {
-      const int64_t cell = block * rows.rows + row, start = rows.starts[cell];
-      const int64_t count = rows.counts[level * rows.blocks * rows.rows + cell];
-      for (int64_t p = start; p < start + count; ++p)
-        dense[block * rows.block + rows.columns[p]] = values[p];
-    }
-    float* to = out + at / kDenseRows * channels * kDenseRows + at % kDenseRows;
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      const float* g = dense + channel * 9;
-      float half[4][3];
-      for (int c = 0; c < 3; ++c) {
-        const float sum = g[c] + g[6 + c];
-        half[0][c] = g[c];
-        half[1][c] = (sum + g[3 + c]) * 0.5f;
-        half[2][c] = (sum - g[3 + c]) * 0.5f;
-        half[3][c] = g[6 + c];
+  for (int64_t group = 0; group < groups; ++group, out += channels * kDenseRows) {
+    const int64_t first = row_begin + group * kDenseRows;
+    std::fill(dense, dense + rows.row_size * kDenseRows, 0.0f);
+    for (int64_t row = first; row < std::min(row_end, first + kDenseRows); ++row)
+      for (int64_t block = 0; block < rows.blocks; ++block) {
+        const int64_t cell = block * rows.rows + row, start = rows.starts[cell];
+        const int64_t count = rows.counts[level * rows.blocks * rows.rows + cell];
+        float* to = dense + block * rows.block * kDenseRows + (row - first);
+        for (int64_t p = start; p < start + count; ++p)
+          to[rows.columns[p] * kDenseRows] = values[p];
       }
-      for (int r = 0; r < 4; ++r) {
-        const float sum = half[r][0] + half[r][2];
-        const float points[4] = {half[r][0], (sum + half[r][1]) * 0.5f, (sum - half[r][1]) * 0.5f,
-                                 half[r][2]};
-        for (int c = 0; c < 4; ++c)
-          to[(r * 4 + c) * point_size + channel * kDenseRows] = points[c];
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const float* g = dense + channel * 9 * kDenseRows;
+      DenseColumn lines[3][kSide], points[kSide];
+      for (int c = 0; c < 3; ++c) {
+        DenseColumn column[3];
+        for (int r = 0; r < 3; ++r)
+          column[r] = *reinterpret_cast<const UnalignedDenseColumn*>(g + (r * 3 + c) * kDenseRows);
+        weight_transform(column[0], column[1], column[2], lines[c]);
+      }
+      for (int r = 0; r < kSide; ++r) {
+        weight_transform(lines[0][r], lines[1][r], lines[2][r], points);
+        for (int c = 0; c < kSide; ++c)
+          *reinterpret_cast<UnalignedDenseColumn*>(out + (r * kSide + c) * point_size +
+                                                   channel * kDenseRows) = points[c];
       }
     }
   }
 }
 
-// Tiles [begin, end) of a row.
-struct Tiles {
-  int64_t row, begin, end;
+// Examples of an input in the lanes; what is outside of [begin, end) is padding.
+struct Image {
+  const float* data;  // of the example and channel 0, at `begin`
+  int64_t channel_stride;
+  int64_t strides[2];
+  int64_t begin[2], end[2];
 };
 
-// Tiles of the packed input, to [point, channel, tile, example], `point_size` from point to point.
-void winograd_input(const GridDetails& d, const float* packed, Tiles tiles, int64_t point_size,
-                    float* out) {
+// Tiles [begin, end) of an image, to [channel, tile, vector of examples, point].
+void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int64_t end,
+                    float* out, Finite<float>& finite) {
   using L = Lanes<float>;
   const int64_t channels = d.product.convolution.channels, chunk = d.packed.chunk;
-  const int64_t line = d.packed.extent[2] * chunk, lanes = (tiles.end - tiles.begin) * chunk;
-  for (int64_t channel = 0; channel < channels; ++channel)
-    for (int64_t b = 0; b < chunk; b += L::kWidth) {
-      const float* from = packed + channel * d.packed.channel_size + 2 * tiles.row * line +
-                          2 * tiles.begin * chunk + b;
-      typename L::Vector columns[4][4];  // [column, point along the rows]
-      for (int c = 0; c < 2; ++c)
-        input_transform(load(from + c * chunk), load(from + line + c * chunk),
-                        load(from + 2 * line + c * chunk), load(from + 3 * line + c * chunk),
-                        columns[c]);
-      float* to = out + channel * lanes + b;
-      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile, from += 2 * chunk, to += chunk) {
-        for (int c = 2; c < 4; ++c)
-          input_transform(load(from + c * chunk), load(from + line + c * chunk),
-                          load(from + 2 * line + c * chunk), load(from + 3 * line + c * chunk),
-                          columns[c]);
-        for (int r = 0; r < 4; ++r) {
-          typename L::Vector points[4];
-          input_transform(columns[0][r], columns[1][r], columns[2][r], columns[3][r], points);
-          for (int c = 0; c < 4; ++c)
-            *reinterpret_cast<typename L::Unaligned*>(to + (r * 4 + c) * point_size) = points[c];
-        }
-        for (int r = 0; r < 4; ++r) {
-          columns[0][r] = columns[2][r];
-          columns[1][r] = columns[3][r];
-        }
-      }
+  const int64_t channel_size = (end - begin) * chunk * kPointRoom;
+  for (int64_t tile = begin; tile < end; ++tile, out += chunk * kPointRoom) {
+    const int64_t at[2] = {tile / d.winograd.tiles[1] * kOutputSide,
+                           tile % d.winograd.tiles[1] * kOutputSide};
+    int first[2], last[2];  // of the tile, in the image
+    bool inside = true;
+    for (int i = 0; i < 2; ++i) {
+      first[i] = int(std::max<int64_t>(0, image.begin[i] - at[i]));
+      last[i] = int(std::min<int64_t>(kSide, image.end[i] - at[i]));
+      inside = inside && first[i] == 0 && last[i] == kSide;
     }
+    const float* corner = image.data + (at[0] - image.begin[0]) * image.strides[0] +
+                          (at[1] - image.begin[1]) * image.strides[1];
+    const auto transform = [&](auto whole) {
+      for (int64_t channel = 0; channel < channels; ++channel)
+        for (int64_t b = 0; b < chunk; b += L::kWidth) {
+          const float* from = corner + channel * image.channel_stride + b;
+          float* to = out + channel * channel_size + b * kPointRoom;
+          typename L::Vector x[kSide], columns[kSide][kSide], points[kSide];
+          for (int c = 0; c < kSide; ++c) {
+            for (int r = 0; r < kSide; ++r)
+              x[r] = whole() || (r >= first[0] && r < last[0] && c >= first[1] && c < last[1])
+                         ? load(from + r * image.strides[0] + c * image.strides[1])
+                         : typename L::Vector{};
+            input_transform(x, columns[c]);
+          }
+          for (int r = 0; r < kSide; ++r) {
+            for (int c = 0; c < kSide; ++c)
+              x[c] = columns[c][r];
+            input_transform(x, points);
+            for (int c = 0; c < kSide; ++c)
+              *reinterpret_cast<typename L::Unaligned*>(to + (r * kSide + c) * L::kWidth) =
+                  points[c];
+            if (r == 0 || r == 1 || r == 5)  // each input is part of one of these points
+              finite.look(points[0] + points[1] + points[5]);
+          }
+        }
+    };
+    if (inside)
+      transform(std::true_type{});
+    else
+      transform(std::false_type{});
+  }
 }
 
-// sums[kDenseRows, V vectors] of weights [depth, kDenseRows] and x [depth, stride].
+// One point's sums [kDenseRows, V vectors] of weights [depth, kDenseRows] and x [depth, .., point];
+// `stride` from one depth or row to the next.
 template <int V>
-void dense_tile(const float* weights, const float* x, int64_t depth, int64_t stride, float* out,
-                int64_t out_stride) {
+void dense_tile(const float* weights, const float* x, int64_t depth, int64_t stride, float* out) {
   using L = Lanes<float>;
+  constexpr int64_t kNext = L::kWidth * kPointRoom;
   typename L::Vector sum[kDenseRows][V];
   for (int v = 0; v < V; ++v)
     for (int r = 0; r < kDenseRows; ++r)
-      sum[r][v] = weights[r] * load(x + v * L::kWidth);
+      sum[r][v] = weights[r] * load(x + v * kNext);
   for (int64_t i = 1; i < depth; ++i) {
     x += stride;
     weights += kDenseRows;
     typename L::Vector input[V];
     for (int v = 0; v < V; ++v)
-      input[v] = load(x + v * L::kWidth);
+      input[v] = load(x + v * kNext);
     for (int r = 0; r < kDenseRows; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] += weights[r] * input[v];
   }
   for (int r = 0; r < kDenseRows; ++r)
     for (int v = 0; v < V; ++v)
-      *reinterpret_cast<typename L::Unaligned*>(out + r * out_stride + v * L::kWidth) = sum[r][v];
+      *reinterpret_cast<typename L::Unaligned*>(out + r * stride + v * kNext) = sum[r][v];
 }
 
-// The products of one output row over some tiles, [point, ., tile, example] with `point_size` from
-// point to point, to two lines of outputs [2 * tiles, example].
-void winograd_output(const Finish<float>& finish, int64_t row, const float* products,
-                     int64_t point_size, int64_t tiles, int64_t chunk, float* lines,
-                     int64_t line_stride) {
-  using L = Lanes<float>;
-  for (int64_t tile = 0; tile < tiles; ++tile)
-    for (int64_t b = 0; b < chunk; b += L::kWidth) {
-      const float* from = products + tile * chunk + b;
-      typename L::Vector half[2][4];
-      for (int c = 0; c < 4; ++c) {
-        typename L::Vector m[4];
-        for (int r = 0; r < 4; ++r)
-          m[r] = load(from + (r * 4 + c) * point_size);
-        half[0][c] = m[0] + m[1] + m[2];
-        half[1][c] = m[1] - m[2] - m[3];
-      }
-      for (int r = 0; r < 2; ++r) {
-        const typename L::Vector left[1] = {half[r][0] + half[r][1] + half[r][2]};
-        const typename L::Vector right[1] = {half[r][1] - half[r][2] - half[r][3]};
-        float* to = lines + r * line_stride + 2 * tile * chunk + b;
-        finish.write(left, row, to);
-        finish.write(right, row, to + chunk);
-      }
-    }
-}
-
-// A whole task by minimal filtering: rows [row_begin, row_end) of the packed examples at one level.
+// Tiles [begin, end) of one output row, from their products [tile, vector of examples, point].
 template <class Output>
-void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end,
-                  const float* packed, float* scratch, Output* y, int64_t count) {
+void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t row,
+                     const float* products, int64_t begin, int64_t end, Output* y, int64_t count) {
   using L = Lanes<float>;
   const Convolution& c = d.product.convolution;
   const Activation& layout = d.product.y;
-  const Finish<float> finish(d.product);
+  const bool direct = std::is_same<Output, float>::value && layout.batch_stride == 1;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t line = tile / d.winograd.tiles[1] * kOutputSide;
+    const int64_t position = tile % d.winograd.tiles[1] * kOutputSide;
+    // The last tiles may stand out.
+    const int lines = int(std::min<int64_t>(kOutputSide, c.output[1] - line));
+    const int positions = int(std::min<int64_t>(kOutputSide, c.output[2] - position));
+    Output* const corner =
+        y + line * layout.position_strides[1] + position * layout.position_strides[2];
+    for (int64_t b = 0; b < d.packed.chunk; b += L::kWidth, products += L::kWidth * kPointRoom) {
+      typename L::Vector m[kSide], half[kSide][kOutputSide], sums[kOutputSide];
+      for (int column = 0; column < kSide; ++column) {
+        for (int r = 0; r < kSide; ++r)
+          m[r] = load(products + (r * kSide + column) * L::kWidth);
+        output_transform(m, half[column]);
+      }
+      const int64_t valid = std::min<int64_t>(L::kWidth, count - b);
+      for (int r = 0; r < kOutputSide; ++r) {
+        for (int column = 0; column < kSide; ++column)
+          m[column] = half[column][r];
+        output_transform(m, sums);
+        for (int p = 0; p < kOutputSide; ++p) {
+          if (r >= lines || p >= positions)
+            continue;
+          const typename L::Vector sum[1] = {sums[p]};
+          Output* to = corner + r * layout.position_strides[1] + p * layout.position_strides[2] +
+                       b * layout.batch_stride;
+          if (direct && valid == L::kWidth) {
+            finish.write(sum, row, reinterpret_cast<float*>(to));
+          } else {
+            float values[L::kWidth];
+            finish.write(sum, row, values);
+            for (int64_t i = 0; i < valid; ++i)
+              narrow(values[i], to + i * layout.batch_stride);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The images of `count` examples at x: where they are, or in scratch [channel, position, chunk].
+template <class Input>
+Image image_of(const GridDetails& d, const Input* x, int64_t count, float* scratch) {
+  const Convolution& c = d.product.convolution;
+  const Activation& layout = d.product.x;
+  const int64_t chunk = d.packed.chunk;
+  Image image{reinterpret_cast<const float*>(x),
+              layout.channel_stride,
+              {layout.position_strides[1], layout.position_strides[2]},
+              {c.padding[1], c.padding[2]},
+              {c.padding[1] + c.input[1], c.padding[2] + c.input[2]}};
+  if (std::is_same<Input, float>::value && layout.batch_stride == 1 && count == chunk)
+    return image;
+  image.data = scratch;
+  image.channel_stride = c.input[1] * c.input[2] * chunk;
+  image.strides[0] = c.input[2] * chunk;
+  image.strides[1] = chunk;
+  for (int64_t channel = 0; channel < c.channels; ++channel)
+    for (int64_t line = 0; line < c.input[1]; ++line, scratch += c.input[2] * chunk)
+      pack_line(x + channel * layout.channel_stride + line * layout.position_strides[1],
+                layout.position_strides[2], layout.batch_stride, count, 0, c.input[2], 1, chunk,
+                scratch);
+  return image;
+}
+
+// Parts [part_begin, part_end) of the outputs at a level by minimal filtering, rows [row_begin,
+// row_end). A part has its share of the tiles, which need not be where its lines are.
+template <class InOut>
+void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end,
+                  int64_t part_begin, int64_t part_end, const InOut* x, float* scratch, InOut* y) {
+  using L = Lanes<float>;
+  const GridProduct& product = d.product;
+  const Convolution& c = product.convolution;
+  const Finish<float> finish(product);
+  Finite<float> finite;
   const int64_t chunk = d.packed.chunk, channels = c.channels;
   const int64_t groups = (row_end - row_begin + kDenseRows - 1) / kDenseRows;
   const int64_t rows = groups * kDenseRows, most_lanes = d.winograd.step * chunk;
-  float* weights = scratch;
-  float* inputs = weights + kPoints * rows * channels;
-  float* products = inputs + kPoints * (channels * most_lanes + kPointGap);
-  float* lines = products + kPoints * (rows * most_lanes + kPointGap);  // also a row of weights
-  // Whether two lines of tiles can be written where they belong.
-  const bool whole = layout.batch_stride == 1 && layout.position_strides[2] == chunk &&
-                     count == chunk && c.output[2] % 2 == 0;
-  winograd_weights(d, level, row_begin, row_end, lines, weights);
-  for (Tiles tiles{0, 0, 0}; tiles.row < d.winograd.tiles[0]; ++tiles.row)
-    for (tiles.begin = 0; tiles.begin < d.winograd.tiles[1]; tiles.begin = tiles.end) {
-      tiles.end = std::min(d.winograd.tiles[1], tiles.begin + d.winograd.step);
-      const int64_t lanes = (tiles.end - tiles.begin) * chunk;
-      const int64_t input_size = channels * lanes + kPointGap;
-      const int64_t product_size = rows * lanes + kPointGap;
-      winograd_input(d, packed, tiles, input_size, inputs);
+  const int64_t weight_size = rows * channels + kPointGap;
+  float* weights = scratch + channels * c.input[1] * c.input[2] * chunk;
+  float* inputs = weights + kPoints * weight_size;
+  float* products = inputs + kPointRoom * channels * most_lanes;
+  // The products are not there yet when a few rows of weights are laid out.
+  winograd_weights(d, level, row_begin, row_end, products, weight_size, weights);
+  const int64_t tiles = d.winograd.tiles[0] * d.winograd.tiles[1];
+  for (int64_t part = part_begin; part < part_end;) {
+    // The parts of one chunk of examples together.
+    const int64_t at = part / d.bands, stop = std::min(part_end, (at + 1) * d.bands);
+    const int64_t tile_begin = (part - at * d.bands) * tiles / d.bands;
+    const int64_t tile_end = (stop - at * d.bands) * tiles / d.bands;
+    part = stop;
+    const int64_t example = at * chunk, count = std::min(chunk, product.batch - example);
+    const Image image = image_of(d, x + example * product.x.batch_stride, count, scratch);
+    for (int64_t begin = tile_begin; begin < tile_end; begin += d.winograd.step) {
+      const int64_t end = std::min(tile_end, begin + d.winograd.step);
+      const int64_t vectors = (end - begin) * chunk / L::kWidth;
+      const int64_t stride = vectors * L::kWidth * kPointRoom;  // from channel to channel
+      winograd_input(d, image, begin, end, inputs, finite);
       for (int64_t point = 0; point < kPoints; ++point)
-        for (int64_t lane = 0; lane < lanes; lane += kDenseVectors * L::kWidth)
+        for (int64_t v = 0; v < vectors; v += kDenseVectors)
           for (int64_t group = 0; group < groups; ++group)
-            with_vectors<kDenseVectors>((lanes - lane) / L::kWidth, [&](auto V) {
-              dense_tile<V()>(weights + (point * groups + group) * channels * kDenseRows,
-                              inputs + point * input_size + lane, channels, lanes,
-                              products + point * product_size + group * kDenseRows * lanes + lane,
-                              lanes);
+            with_vectors<kDenseVectors>(vectors - v, [&](auto V) {
+              const int64_t at = (v * kPointRoom + point) * L::kWidth;
+              dense_tile<V()>(weights + point * weight_size + group * channels * kDenseRows,
+                              inputs + at, channels, stride,
+                              products + group * kDenseRows * stride + at);
             });
-      const int64_t outputs = std::min<int64_t>(2, c.output[1] - 2 * tiles.row);
-      const int64_t positions =
-          std::min(c.output[2], 2 * tiles.end) - 2 * tiles.begin;  // the last tile may stand out
-      for (int64_t row = row_begin; row < row_end; ++row) {
-        const float* from = products + (row - row_begin) * lanes;
-        Output* to = y + row * layout.channel_stride + 2 * tiles.row * layout.position_strides[1] +
-                     2 * tiles.begin * layout.position_strides[2];
-        if constexpr (std::is_same<Output, float>::value)
-          if (whole && outputs == 2) {
-            winograd_output(finish, row, from, product_size, tiles.end - tiles.begin, chunk, to,
-                            layout.position_strides[1]);
-            continue;
-          }
-        winograd_output(finish, row, from, product_size, tiles.end - tiles.begin, chunk, lines,
-                        2 * lanes);
-        for (int64_t r = 0; r < outputs; ++r)
-          for (int64_t position = 0; position < positions; ++position)
-            for (int64_t b = 0; b < count; ++b)
-              narrow(lines[r * 2 * lanes + position * chunk + b],
-                     to + r * layout.position_strides[1] + position * layout.position_strides[2] +
-                         b * layout.batch_stride);
-      }
+      for (int64_t row = row_begin; row < row_end; ++row)
+        winograd_output(d, finish, row, products + (row - row_begin) * stride, begin, end,
+                        y + example * product.y.batch_stride + row * product.y.channel_stride,
+                        count);
     }
+  }
+  if (!finite.all())
+    product.finite->store(false, std::memory_order_relaxed);
 }
 
 }  // namespace

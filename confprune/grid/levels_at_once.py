@@ -1,0 +1,53 @@
+"""The grid operators under vmap, called once with all levels.
+
+``torch.vmap`` finds the rule of an operator by way of Python, which takes longer than the products
+of a small layer. Here the tensors that vmap batches over the level are taken apart, the operator is
+called outside of vmap, and what it returns is given back to vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+
+def depends_on_level(x: Tensor) -> bool:
+    """Whether vmap has one `x` for each level."""
+    return bool(_functorch.is_batchedtensor(x))
+
+
+def levels_at_once(
+    operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, level: Tensor
+) -> Tensor:
+    """``operation(x [1 or K, ...], level [K])`` for what vmap shows of `x` and `level`, as [K, ...].
+
+    Raises
+    ------
+    NotImplementedError
+        If another vmap than that over the level is under way.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.grid.levels_at_once import levels_at_once
+    >>> x, level = torch.ones(2), torch.tensor([3, 5])
+    >>> times = lambda x, level: x * level[:, None]
+    >>> torch.vmap(lambda level: levels_at_once(times, x, level))(level)
+    tensor([[3., 3.],
+            [5., 5.]])
+    """
+    if not depends_on_level(level):
+        return operation(x.unsqueeze(0), level.reshape(1)).squeeze(0)
+    depth = _functorch.maybe_get_level(level)
+    if _functorch.maybe_current_level() != depth:
+        raise NotImplementedError("the model calls torch.vmap around a layer")
+    levels, dimension = _functorch.get_unwrapped(level), None
+    if depends_on_level(x):
+        dimension, x = _functorch.maybe_get_bdim(x), _functorch.get_unwrapped(x)
+    with temporarily_pop_interpreter_stack():
+        x = x.unsqueeze(0) if dimension is None else x.movedim(dimension, 0)
+        y = operation(x, levels)
+    return _functorch._add_batch_dim(y, 0, depth)
