@@ -22,7 +22,7 @@ def depends_on_level(x: Tensor) -> bool:
 def levels_at_once(
     operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, level: Tensor
 ) -> Tensor:
-    """``operation(x [1 or K, ...], level [K])`` for what vmap shows of `x` and `level`, as [K, ...].
+    """Give ``operation(x [1 or K, ...], level [K])`` what vmap stands for; to vmap what it returns.
 
     Raises
     ------
