@@ -26,7 +26,8 @@ from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData, binding_part
 from confprune.certificate.fingerprint import fingerprint
 from confprune.distributed import Ranks
-from confprune.evaluation import Evaluation, Findings, early_test, evaluate_all, fixed_test
+from confprune.evaluation import Evaluation, evaluate_all
+from confprune.findings import Findings, early_test, fixed_test
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss

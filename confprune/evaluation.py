@@ -1,4 +1,4 @@
-"""Losses of all candidates under test, example by example: whole, or until every fate is settled.
+"""Losses of all candidates under test, example by example.
 
 A candidate is a level of some grid; there is one grid for each way of pruning. What the tests need
 of an example are its losses at the candidates, its group, and where its prediction is accepted.
@@ -25,17 +25,11 @@ from confprune.batches import (
     example_count,
     generous_batch_size,
     move_batch,
-    slice_batch,
 )
 from confprune.distributed import ALONE, Ranks
 from confprune.grid import GridForward, evaluation_mode
 from confprune.losses import Loss
-from confprune.risk.bounds import upper_bound, upper_bound_from_sums
-from confprune.risk.inputs import FloatArray, IntArray, loss_sums
-from confprune.risk.looks import LookPlan
-from confprune.risk.pvalues import PVALUES
-from confprune.risk.sequential import RiskTarget, SequentialResult, SequentialTest
-from confprune.risk.testing import Procedure
+from confprune.risk.inputs import IntArray
 from confprune.risks import Groups, Target, group_labels
 
 _ROUNDING = 1e-5  # a loss may leave [0, 1] by this much in float arithmetic
@@ -212,165 +206,6 @@ def evaluate_all(
         np.concatenate(accepted) if accepted else None,
         np.concatenate(labels) if labels else None,
     )
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a test found of C candidates and R targets.
-
-    Attributes
-    ----------
-    result : SequentialResult
-    bounds : [R, C] float64
-        Upper confidence bound of each target's risk at each candidate alone.
-    acceptance : [C] float64, or None where every prediction counts
-        Share of the examples seen that were accepted.
-    """
-
-    result: SequentialResult
-    bounds: FloatArray
-    acceptance: FloatArray | None
-
-
-def fixed_test(
-    evidence: Evidence,
-    losses: Sequence[Loss],
-    targets: Sequence[Target],
-    delta: float,
-    procedure: Procedure,
-) -> Findings:
-    """Test every candidate once, on all evidence: the fixed-n test of the paper."""
-    tests = []
-    for target in targets:
-        matrix, counted = evidence.of(target, losses)
-        if counted is not None and counted.ndim == 1:
-            matrix, counted = matrix[counted], None
-        if counted is None:
-            tests.append(_test_columns(matrix, target, delta))
-        else:  # each candidate has examples of its own
-            columns = [
-                _test_columns(column[mask][:, None], target, delta)
-                for column, mask in zip(matrix.T, counted.T, strict=True)
-            ]
-            tests.append(np.concatenate(columns, axis=1))
-    sums, counts, pvalues_by_risk, bounds = np.stack(tests, axis=1)
-    n, candidates = evidence.losses.shape[1:]
-    pvalues = pvalues_by_risk.max(axis=0)
-    needs = {"order": np.arange(candidates)} if procedure.needs else {}
-    result = SequentialResult(
-        pvalues=pvalues,
-        rejected=procedure.test(pvalues, delta, **needs),
-        pvalues_by_risk=pvalues_by_risk,
-        sums=sums,
-        counts=counts.astype(np.int64),
-        seen=np.full(candidates, n),
-        evaluations=n * candidates,
-        saved=0.0,
-    )
-    rates = None if evidence.accepted is None else evidence.accepted.mean(axis=0)
-    return Findings(result, bounds, rates)
-
-
-def _test_columns(matrix: NDArray[np.float32], target: Target, delta: float) -> FloatArray:
-    """Sums, counts, p-values and bounds of losses [m, A], as [4, A]."""
-    m, columns = matrix.shape
-    if m == 0:  # nothing counted: nothing known
-        return np.array([[0.0], [0.0], [1.0], [1.0]]).repeat(columns, axis=1)
-    return np.array(
-        [
-            loss_sums(matrix),
-            np.full(columns, m),
-            PVALUES[target.pvalue].from_losses(matrix, target.risk.alpha),
-            upper_bound(matrix, delta, target.pvalue),
-        ]
-    )
-
-
-def early_test(
-    evaluation: Evaluation,
-    data: Any,
-    targets: Sequence[Target],
-    plan: LookPlan,
-    procedure: Procedure,
-    *,
-    batch_size: int | None,
-    order: Tensor | None,
-    progress: bool,
-) -> Findings:
-    """Test at the looks of a plan, evaluating only what is still in question."""
-    test = SequentialTest(
-        plan,
-        len(evaluation),
-        [RiskTarget(target.risk.alpha, target.pvalue) for target in targets],
-        procedure=procedure.name,
-    )
-    accepted = np.zeros(len(evaluation))
-    seen, pending = 0, list[Evidence]()
-    with evaluation.stream(data, batch_size, order, progress) as stream:
-        for batch in stream:
-            begin, size = 0, batch_length(batch)
-            while begin < size and not test.finished:
-                end = min(size, begin + test.next_look - seen)
-                pending.append(evaluation(slice_batch(batch, begin, end), test.active))
-                seen += end - begin
-                begin = end
-                if seen == test.next_look or len(pending) == evaluation.ranks.size:
-                    accepted += _take_in(test, evaluation, targets, pending)
-                    pending.clear()
-            if test.finished:
-                break
-    if not test.finished:
-        raise ValueError(
-            f"the last look is at {plan.n} examples, but the data ended after {seen}; looks "
-            "must end at the number of examples"
-        )
-    result = test.result()
-    bounds = np.array(
-        [_bounds_at_looks(result, r, target, plan) for r, target in enumerate(targets)]
-    )
-    rates = accepted / np.maximum(result.seen, 1) if evaluation.selective else None
-    return Findings(result, bounds, rates)
-
-
-def _take_in(
-    test: SequentialTest,
-    evaluation: Evaluation,
-    targets: Sequence[Target],
-    pending: Sequence[Evidence],
-) -> FloatArray:
-    """Test on evidence that ends at a look at the latest; the acceptances of each candidate."""
-    active, accepted = test.active, np.zeros(len(evaluation))
-    for own in pending:
-        evidence = evaluation.completed(own)
-        parts = [evidence.of(target, evaluation.losses) for target in targets]
-        if evidence.accepted is not None:
-            accepted[active] += evidence.accepted.sum(axis=0)
-        test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
-    return accepted
-
-
-def _bounds_at_looks(
-    result: SequentialResult, r: int, target: Target, plan: LookPlan
-) -> FloatArray:
-    """Upper confidence bounds of one target that hold although the levels chose when to stop.
-
-    At each look a bound at 1 - (what that look spends) holds; all of them together at 1 - delta.
-    The exact test rejects whenever such a bound is below alpha, and more; where it rejects, alpha
-    itself is a bound. Bound and rejection are two statements of 1 - delta each, of which the
-    certificate's promise is the second; both together are proven at 1 - 2 delta.
-    """
-    name = target.pvalue
-    spending = plan.spending
-    if PVALUES[name].from_sums is None:  # the wealth process keeps no sums to invert
-        name, spending = "convex", (plan.delta / len(plan.sizes),) * len(plan.sizes)
-    bounds = np.ones(len(result.seen))
-    for size, spent in zip(plan.sizes, spending, strict=True):
-        at = np.flatnonzero(result.seen == size)
-        if len(at) and spent > 0:
-            sums, counts = result.sums[r, at], result.counts[r, at]
-            bounds[at] = upper_bound_from_sums(sums, counts, spent, name)
-    rejected = result.pvalues_by_risk[r] <= plan.delta
-    return np.where(rejected, np.minimum(bounds, target.risk.alpha), bounds)
 
 
 def progress_bar(data: Any, order: Tensor | None, progress: bool, title: str) -> tqdm[Any]:

@@ -28,8 +28,13 @@ _FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
 _COLLECT = 1 << 17  # keys that are always few enough to be sorted
 _MOST = 1 << 22  # keys that are collected, however many scores there are
 _DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a uniform rank
-_MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
-_KEY_BITS = {torch.float32: 31, torch.float64: 63, torch.float16: 15, torch.bfloat16: 15}
+
+MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
+"""Bits of a key below its exponent."""
+
+KEY_BITS = {torch.float32: 31, torch.float64: 63, torch.float16: 15, torch.bfloat16: 15}
+"""Bits of a key: those of the type without the sign."""
+
 _KEY_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -114,9 +119,9 @@ def select(
     equal = np.zeros(len(rank), dtype=np.int64)  # keys with this prefix
     prefix = np.zeros(len(rank), dtype=np.int64)
     prefixes = np.zeros(0, dtype=np.int64)
-    shift = _KEY_BITS[key]
+    shift = KEY_BITS[key]
     while shift > 0:
-        first = shift == _KEY_BITS[key]
+        first = shift == KEY_BITS[key]
         digit_bits = min(shift, _FIRST_DIGIT if first else _next_digit(len(prefixes), total))
         shift -= digit_bits
         histogram = ranks.sum(_count(scores, key, prefixes, shift, digit_bits))
@@ -175,7 +180,7 @@ def _interpolate(
     low += inside.prefixes << inside.shift
     high += inside.prefixes << inside.shift
     below = np.zeros(len(inside.prefixes), dtype=np.int64)
-    keys = _collect(scores, key, inside, low, high, 2 * limit, below)
+    keys = collect_keys(scores, key, inside.prefixes, inside.shift, low, high, 2 * limit, below)
     if ranks.sum(np.array([len(keys)]))[0] > 2 * limit:
         return None
     keys, below = np.sort(ranks.concatenate(keys)), ranks.sum(below)
@@ -242,26 +247,27 @@ def _count(
     return histogram.numpy()
 
 
-def _collect(
+def collect_keys(
     scores: Mapping[str, Tensor],
     key: torch.dtype,
-    inside: _Inside,
+    prefixes: np.ndarray,
+    shift: int,
     low: np.ndarray,
     high: np.ndarray,
     limit: int,
     below: np.ndarray,
 ) -> np.ndarray:
-    """The keys in the bins' brackets, and the number under them added to `below`.
+    """The keys in [low, high] among those with each prefix; how many are under it goes to `below`.
 
     Ends early once there are more than `limit`.
     """
-    tables = [torch.from_numpy(a) for a in (inside.prefixes, low, high, below)]
+    tables = [torch.from_numpy(a) for a in (prefixes, low, high, below)]
     found: list[np.ndarray] = []
     for tensor in scores.values():
         left = limit - sum(map(len, found))
         if left >= 0:
             keys = torch.ops.confprune.magnitude_collect(
-                tensor, key, tables[0], inside.shift, *tables[1:3], left, tables[3]
+                tensor, key, tables[0], shift, *tables[1:3], left, tables[3]
             )
             found.append(keys.numpy())
     return np.concatenate(found)
@@ -271,7 +277,7 @@ def _check_nan(
     scores: Mapping[str, Tensor], key: torch.dtype, histogram: np.ndarray, shift: int
 ) -> None:
     """Raise for the first tensor with NaN, whose keys stand above that of infinity."""
-    infinity = ((1 << (_KEY_BITS[key] - _MANTISSA[key])) - 1) << _MANTISSA[key]
+    infinity = ((1 << (KEY_BITS[key] - MANTISSA[key])) - 1) << MANTISSA[key]
     if not histogram[infinity >> shift :].any():
         return
     for name, tensor in scores.items():

@@ -6,7 +6,7 @@ shrinks or a disk fails, a mapping ends the process without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -90,6 +90,23 @@ def tensor_blocks(
         yield from file_blocks(tensor.path, tensor.start + start, tensor.start + end, size, buffers)
     except EOFError as error:
         raise OSError(f"tensor {tensor.name!r} cannot be read: {error}") from error
+
+
+def tensor_pieces(tensor: StoredTensor, starts: Iterable[int], size: int) -> Iterator[Bytes]:
+    """Some bytes from each of some places in a tensor.
+
+    Raises
+    ------
+    OSError
+        If the file ends before, naming tensor and file.
+    """
+    with open(tensor.path, "rb", buffering=0) as file:
+        for start in starts:
+            file.seek(tensor.start + start)
+            piece = file.read(size)
+            if len(piece) < size:
+                raise OSError(f"tensor {tensor.name!r} cannot be read: {tensor.path} is cut short")
+            yield np.frombuffer(piece, dtype=np.uint8)
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:

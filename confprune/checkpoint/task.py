@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from confprune.checkpoint.certified import certified_tensors, tied_copies
+from confprune.checkpoint.guess import select_one
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
 from confprune.checkpoint.masking import Masks, MasksFromCuts, MasksFromLevels
 from confprune.checkpoint.metadata import certified_record, plain_record
@@ -115,7 +116,9 @@ class Task:
         for group in groups:
             size = sum(tensor.size for tensor in group)
             cut = [round(sparsity * size) for sparsity in self.sparsities]
-            cuts = select(StoredWeights(group, bar), cut, _key_type(group))
+            weights, key = StoredWeights(group, bar), _key_type(group)
+            cuts = select_one(weights, cut[0], key) if len(cut) == 1 else None
+            cuts = cuts or select(weights, cut, key)
             masks |= dict.fromkeys((tensor.name for tensor in group), MasksFromCuts(cuts))
             counts = [count + more for count, more in zip(counts, cut, strict=True)]
         return Selected(self.sparsities, tuple(counts), masks)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
-from confprune.checkpoint.reading import Buffers, ahead, tensor_blocks
+from confprune.checkpoint.reading import Buffers, Bytes, ahead, tensor_blocks, tensor_pieces
 
 _BLOCK = 1 << 25  # bytes, beside which the counters of a histogram cost little
+
+_PIECE = 1024  # weights of a sample that lie together
+_DISTANCE = 128  # one piece of a sample in so many, or fewer,
+_PIECES = 1 << 14  # lest there be more
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -31,6 +38,7 @@ class StoredWeights(Mapping[str, Tensor]):
             for tensor in tensors
             for start in range(0, tensor.nbytes, _BLOCK)
         }
+        self._tensors = tensors
         self._bar = bar
         self._reads = 0
         self._buffers = Buffers()
@@ -53,6 +61,28 @@ class StoredWeights(Mapping[str, Tensor]):
             self._bar.total += sum(end - start for _, start, end in self._blocks.values())
         self._reads += 1
         return _ReadAhead(self)
+
+    @property
+    def total(self) -> int:
+        """Number of weights."""
+        return sum(tensor.size for tensor in self._tensors)
+
+    def sample(self, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]] | None:
+        """Bits of the weights in pieces at even distances, [pieces, piece]; None without any.
+
+        None too where not all weights are of the type.
+        """
+        if any(PRUNABLE_DTYPES[tensor.dtype] != dtype for tensor in self._tensors):
+            return None
+        pieces: list[Bytes] = []
+        size = _PIECE * dtype.itemsize
+        step = size * max(_DISTANCE, self.total // (_PIECE * _PIECES))
+        at = 0  # where the next piece starts, from the start of the tensor
+        for tensor in self._tensors:
+            starts = range(at, tensor.nbytes - size + 1, step)
+            pieces += tensor_pieces(tensor, starts, size)
+            at = max(0, at + len(starts) * step - tensor.nbytes)
+        return np.stack(pieces).view(f"i{dtype.itemsize}") if pieces else None
 
     def find_nan(self) -> StoredTensor | None:
         """The first tensor with a NaN."""

@@ -29,16 +29,18 @@ from confprune.batches import (
 )
 from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.mode import METADATA, GridMode, Layer
+from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 
 ACTIVATION_BYTES = 64 << 20
-"""Default budget for the activations of the levels and examples in flight together."""
+"""Default budget for the activations of the levels and examples of a chunk."""
 
 _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
 return it after every call, and the next activations cost no page faults."""
 
+_WORKERS = 4  # more would wait for Python
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
 _LANES = 128  # vectors that the products take together
 _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
@@ -65,7 +67,8 @@ class GridForward:
         What is computed of the outputs; every one costs little beside the outputs.
     forward : callable (model, batch) -> outputs, optional
     activation_bytes : int
-        Memory for activations; levels and examples are taken in chunks that respect it.
+        Memory for the activations of a chunk of levels and examples; up to four are under way at
+        once, on threads of their own.
 
     Attributes
     ----------
@@ -92,6 +95,10 @@ class GridForward:
         self.fallback: str | None = None
         self._budget = activation_bytes
         self._network = _Network(model, forward)
+        # What others wrote may keep things between its calls.
+        pure = forward is None and all(loss.vmappable for loss in losses)
+        pure = pure and self._network.device.type == "cpu"
+        self._workers = Workers(self._network, most=_WORKERS if pure else 1)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._layers = {
             id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
@@ -126,29 +133,40 @@ class GridForward:
             self._prepare(batch)
         size = batch_length(batch)
         result = torch.zeros(len(self.losses), size, len(active), dtype=torch.float32)
-        for begin, end in self._example_chunks(size, len(active)):
-            if share is None or next(share):
-                result[:, begin:end] = self._chunk_losses(slice_batch(batch, begin, end), active)
+
+        def run(network: _Network, chunk: tuple[int, int]) -> int:
+            begin, end = chunk
+            part = slice_batch(batch, begin, end)
+            result[:, begin:end] = self._chunk_losses(network, part, active)
+            return end - begin
+
+        chunks = self._example_chunks(size, len(active))
+        mine = [chunk for chunk in chunks if share is None or next(share)]
+        if done is not None:
+            done(size - sum(end - begin for begin, end in mine))
+        for count in self._workers.map(run, mine):
             if done is not None:
-                done(end - begin)
+                done(count)
         return result
 
-    def _chunk_losses(self, batch: Any, active: Sequence[int]) -> Tensor:
+    def _chunk_losses(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
-        full = self._network(batch)
+        full = network(batch)
         reference = reference_of(full, batch)
         size, first, values = batch_length(batch), 0, []
         while first < len(active):
             chunk = active[first : first + self._level_chunk(size)]
-            values.append(self._grid_losses(batch, chunk, reference))
+            values.append(self._grid_losses(network, batch, chunk, reference))
             first += len(chunk)
         return torch.cat(values, dim=-1)
 
-    def _grid_losses(self, batch: Any, active: Sequence[int], reference: Reference) -> Tensor:
+    def _grid_losses(
+        self, network: _Network, batch: Any, active: Sequence[int], reference: Reference
+    ) -> Tensor:
         """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
         if self.fallback is None:
             try:
-                outputs = self._grid_outputs(batch, active)
+                outputs = self._grid_outputs(network, batch, active)
             except Exception as error:
                 # Infinite activations are of some examples; the others may go on as before.
                 if "holds infinity or NaN" not in str(error):
@@ -156,7 +174,10 @@ class GridForward:
             else:
                 return self._losses_of(outputs, reference)
         return torch.cat(
-            [self._losses_of(self._masked_outputs(batch, j)[None], reference) for j in active],
+            [
+                self._losses_of(self._masked_outputs(network, batch, j)[None], reference)
+                for j in active
+            ],
             dim=-1,
         )
 
@@ -171,7 +192,7 @@ class GridForward:
             values.append(of_levels.T.to("cpu", torch.float32))
         return torch.stack(values)
 
-    def _grid_outputs(self, batch: Any, active: Sequence[int]) -> Tensor:
+    def _grid_outputs(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The outputs at several levels at once, [levels, B, ...]."""
         met: set[str] = set()
 
@@ -180,22 +201,22 @@ class GridForward:
                 self._layers, level, batch_minor=self._batch_minor, fusions=self._fusions
             )
             with mode:
-                outputs: Tensor = self._network(batch)
+                outputs: Tensor = network(batch)
             mode.finish()
             met.update(mode.met)
             self._written = max(self._written, mode.written)
             return outputs
 
-        outputs: Tensor = torch.vmap(at_level)(torch.tensor(active, device=self._network.device))
+        outputs: Tensor = torch.vmap(at_level)(torch.tensor(active, device=network.device))
         missed = set(self.levels.levels) - met - self._unused
         if missed:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
         return outputs
 
-    def _masked_outputs(self, batch: Any, j: int) -> Tensor:
+    def _masked_outputs(self, network: _Network, batch: Any, j: int) -> Tensor:
         """The outputs of the plain network with the masked weights of level `j`, [B, ...]."""
         masked = {layer.name: layer.masked(j) for layer in self._layers.values()}
-        return self._network.with_weights(masked, batch)
+        return network.with_weights(masked, batch)
 
     def _prepare(self, batch: Any) -> None:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
@@ -255,11 +276,11 @@ class GridForward:
         """Compare the grid with the plain masked network at a few levels; else fall back."""
         last = len(self.levels) - 1
         some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
-        plain = torch.stack([self._masked_outputs(batch, j) for j in some])
+        plain = torch.stack([self._masked_outputs(self._network, batch, j) for j in some])
         reason = ""
         for self._batch_minor in (True, False):
             try:
-                outputs = self._grid_outputs(batch, some)
+                outputs = self._grid_outputs(self._network, batch, some)
             except Exception as error:
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 continue

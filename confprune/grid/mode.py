@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Layer:
         self.levels = levels.to(weight.device)
         self.num_levels = num_levels
         self._rows: dict[Any, tuple[list[Tensor], int, int]] = {}
+        self._making = Lock()
 
     def masked(self, level: Tensor | int) -> Tensor:
         """The weight at one level."""
@@ -49,17 +51,21 @@ class Layer:
 
         Levels that share one input walk each row once, so that their rows need no blocks.
         """
-        if (shared, transposed) not in self._rows:
-            weight, levels = self.weight, self.levels
-            if transposed:
-                weight, levels = weight.t(), levels.t()
-            weight, levels = weight.flatten(1), levels.flatten(1)
-            block = _TAPS_BLOCK if self.weight[0, 0].numel() > 1 else _BLOCK
-            if shared:
-                block = min(weight.shape[1], _MAX_BLOCK)
-            rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, block)
-            self._rows[shared, transposed] = (list(rows), weight.shape[0], block)
-        return self._rows[shared, transposed]
+        with self._making:
+            if (shared, transposed) not in self._rows:
+                self._rows[shared, transposed] = self._made(shared, transposed)
+            return self._rows[shared, transposed]
+
+    def _made(self, shared: bool, transposed: bool) -> tuple[list[Tensor], int, int]:
+        weight, levels = self.weight, self.levels
+        if transposed:
+            weight, levels = weight.t(), levels.t()
+        block = _TAPS_BLOCK if weight[0, 0].numel() > 1 else _BLOCK
+        weight, levels = weight.flatten(1), levels.flatten(1)
+        if shared:
+            block = min(weight.shape[1], _MAX_BLOCK)
+        rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, block)
+        return list(rows), weight.shape[0], block
 
     def takes(self, x: Any) -> bool:
         """Whether the grid operators can multiply `x` with this weight."""

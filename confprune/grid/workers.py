@@ -1,0 +1,125 @@
+"""Chunks of examples on several threads at once, each with a network of its own.
+
+Between the products of a small network lies as much Python and as many small operations as one
+thread can do: so chunks of examples go through the network side by side, each on its share of
+torch's threads. The networks have their parameters in common and nothing else, since a module may
+keep what it likes on its way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import local
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Threads, as many as torch has and at most `most`, that run copies of a network.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Its parameters are shared, everything else is copied.
+    most : int
+    """
+
+    def __init__(self, network: nn.Module, most: int) -> None:
+        self._network = network
+        # Taken before it runs: what a module keeps of a run may not be fit for that.
+        self._copy = _copy(network) if most > 1 else None
+        self._most = most
+        self._pool: ThreadPoolExecutor | None = None
+        self._own = local()
+        self._threads = 0
+
+    def map(
+        self, function: Callable[[Any, Item], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """``function(network, item)`` of each item, in order, without gradients.
+
+        One after the other where there are few, or where networks side by side might meet.
+        """
+        items = list(items)
+        threads = torch.get_num_threads()
+        size = min(threads, self._most)
+        if size < 2 or len(items) < 2 * size or not self._started(size):
+            for item in items:
+                yield function(self._network, item)
+            return
+        assert self._pool is not None
+        coming: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                if len(coming) > size:  # results in waiting take memory
+                    yield coming.popleft().result()
+                coming.append(self._pool.submit(self._run, function, item))
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
+            for future in coming:
+                if not future.cancelled():
+                    future.exception()
+            torch.set_num_threads(threads)  # for threads to come, after those of the workers
+
+    def _run(self, function: Callable[[Any, Item], Result], item: Item) -> Result:
+        with torch.no_grad():
+            return function(self._own.network, item)
+
+    def _started(self, size: int) -> bool:
+        """Whether threads are there."""
+        if self._copy is None or not _is_plain(self._network):
+            return False
+        if self._pool is None or self._threads != torch.get_num_threads():
+            copies: SimpleQueue[nn.Module | None] = SimpleQueue()
+            for _ in range(size):
+                copies.put(_copy(self._copy))
+            share = torch.get_num_threads() // size
+
+            def start() -> None:
+                torch.set_num_threads(share)
+                self._own.network = copies.get()
+
+            self._pool = ThreadPoolExecutor(size, "confprune", start)
+            self._threads = torch.get_num_threads()
+        return True
+
+
+def _is_plain(network: nn.Module) -> bool:
+    """Whether calls see nothing but the network: no hooks, and no modes of this thread alone."""
+    modules = nn.modules.module
+    hooks = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+    for module in network.modules():
+        hooks += [module._forward_hooks, module._forward_pre_hooks]
+    return (
+        not any(hooks)
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _copy(network: nn.Module) -> nn.Module | None:
+    """A copy in evaluation mode with the same parameters, or None where it cannot be copied."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
+    for module in network.modules():  # what is left of another vmap is of no use, and in the way
+        kept = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        memo |= {id(tensor): tensor for tensor in kept if is_functorch_wrapped_tensor(tensor)}
+        buffers = module._buffers.values()
+        memo |= {id(b): b for b in buffers if b is not None and is_functorch_wrapped_tensor(b)}
+    try:
+        return copy.deepcopy(network, memo).eval()
+    except Exception:  # whatever a module may say to that
+        return None

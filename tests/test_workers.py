@@ -1,0 +1,162 @@
+"""Networks side by side: the same numbers, and alone wherever two of them might meet."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from confprune import loss_matrix, prune_levels
+from confprune.grid import GridForward, evaluation_mode
+from confprune.grid.workers import Workers
+from confprune.losses import BUILT_IN, Loss
+
+GRID = [0.0, 0.3, 0.6, 0.9]
+CHUNK = 128 * 30 * 4 * 4  # bytes of 128 examples
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Watched(nn.Module):
+    """Notes the threads it runs on; keeps its hidden state, as many modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 30), nn.Linear(30, 4)
+        self.register_buffer("state", torch.zeros(1))
+
+    def forward(self, x):
+        names.add(threading.current_thread().name)
+        self.hidden = self.first(x).relu()
+        self.state = self.hidden.sum(1, keepdim=True)
+        return self.second(self.hidden) + 0 * self.state
+
+
+names: set[str] = set()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    names.clear()
+    return Watched().eval()
+
+
+def evaluated(model, number, losses=(BUILT_IN["disagreement"],), forward=None, n=4000):
+    """Losses on several threads, in chunks of one tile of lanes."""
+    grid = GridForward(
+        model, prune_levels(model, GRID), losses, forward=forward, activation_bytes=CHUNK
+    )
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
+    done = []
+    with threads(number), evaluation_mode(model):
+        values = grid.evaluate(x, [0, 1, 2, 3], done=done.append)
+    assert sum(done) == n
+    return values
+
+
+def workers():
+    return {name for name in names if name.startswith("confprune")}
+
+
+@pytest.mark.parametrize("number", [2, 3, 6])
+def test_any_number_of_threads_gives_the_same_losses(model, number):
+    alone = evaluated(model, 1)
+    assert not workers()
+    assert torch.equal(evaluated(model, number), alone)
+    assert 1 < len(workers()) <= 4
+
+
+def test_the_loss_matrix_is_the_same(model):
+    levels, x = prune_levels(model, GRID), torch.randn(2000, 6)
+    with threads(1):
+        expected = loss_matrix(model, x, levels, "soft_disagreement", activation_bytes=CHUNK)
+    with threads(2):
+        found = loss_matrix(model, x, levels, "soft_disagreement", activation_bytes=CHUNK)
+    assert torch.equal(found, expected)
+
+
+def test_the_number_of_threads_stays(model):
+    with threads(3):
+        evaluated(model, 2)
+        assert torch.get_num_threads() == 3
+
+
+def test_few_chunks_are_done_here(model):
+    evaluated(model, 2, n=3)
+    assert not workers()
+
+
+def test_networks_with_hooks_run_alone(model):
+    found = []
+    handle = model.first.register_forward_hook(lambda *_: found.append(1))
+    evaluated(model, 2)
+    handle.remove()
+    assert found
+    assert not workers()
+
+
+def test_a_forward_or_a_loss_of_the_caller_runs_alone(model):
+    evaluated(model, 2, forward=lambda model, x: model(x))
+    loss = Loss("gap", lambda y, reference: (y - reference.outputs).abs().mean(1).clamp(max=1))
+    evaluated(model, 2, losses=[loss])
+    assert not workers()
+
+
+def test_a_network_that_cannot_be_copied_runs_alone(model):
+    model.lock = threading.Lock()
+    evaluated(model, 2)
+    assert not workers()
+
+
+def test_modes_of_the_caller_hold_for_all(model):
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        evaluated(model, 2)
+    assert not workers()
+
+
+def test_parameters_are_shared_and_buffers_are_not(model):
+    pool = Workers(model, most=2)
+    with threads(2):
+        seen = list(pool.map(lambda network, _: (network.first.weight, network.state), range(8)))
+    assert all(weight is model.first.weight for weight, _ in seen)
+    assert all(state is not model.state for _, state in seen)
+
+
+def test_results_come_in_order_and_errors_where_they_were(model):
+    def half(network, item):
+        if item == 6:
+            raise ValueError("six")
+        return item / 2
+
+    pool = Workers(model, most=4)
+    with threads(2):
+        assert list(pool.map(half, range(6))) == [0, 0.5, 1, 1.5, 2, 2.5]
+        coming = pool.map(half, range(40))
+        assert [next(coming) for _ in range(6)] == [0, 0.5, 1, 1.5, 2, 2.5]
+        with pytest.raises(ValueError, match="six"):
+            next(coming)
+        assert list(pool.map(half, range(4))) == [0, 0.5, 1, 1.5]
+
+
+def test_no_gradients_are_kept(model):
+    pool = Workers(model, most=2)
+    with threads(2), torch.no_grad():
+        outputs = list(pool.map(lambda network, _: network(torch.ones(1, 6)), range(8)))
+    assert not any(y.requires_grad for y in outputs)
