@@ -67,8 +67,9 @@ def loss_matrix(
     batch_size : int, optional
         For data that is not in batches yet; default 256.
     activation_bytes : int
-        Memory for the activations of the levels and examples evaluated together. The result does
-        not depend on it.
+        Memory for the activations of a chunk of levels and examples; as many as torch has threads,
+        up to four, are evaluated side by side, unless `forward`, a loss of your own, or a hook
+        might keep something between its calls. The result does not depend on it.
     progress : bool
         Show a progress bar.
 
@@ -264,7 +265,9 @@ def calibrate(
     device : optional
         Where to run; default where the model is. A model elsewhere is copied there.
     activation_bytes : int
-        Memory for the activations of the levels and examples evaluated together.
+        Memory for the activations of a chunk of levels and examples; as many as torch has threads,
+        up to four, are evaluated side by side, unless `forward`, a loss of your own, or a hook
+        might keep something between its calls.
     seed : int
         Of the order of the examples; recorded in the certificate.
     progress : bool

@@ -9,11 +9,12 @@ keep what it likes on its way.
 from __future__ import annotations
 
 import copy
+import functools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from threading import local
 from typing import Any, TypeVar
 
 import torch
@@ -39,9 +40,8 @@ class Workers:
         # Taken before it runs: what a module keeps of a run may not be fit for that.
         self._copy = _copy(network) if most > 1 else None
         self._most = most
-        self._pool: ThreadPoolExecutor | None = None
-        self._own = local()
-        self._threads = 0
+        self._free: SimpleQueue[nn.Module | None] = SimpleQueue()  # copies that no thread runs
+        self._copies = 0
 
     def map(
         self, function: Callable[[Any, Item], Result], items: Iterable[Item]
@@ -53,17 +53,21 @@ class Workers:
         items = list(items)
         threads = torch.get_num_threads()
         size = min(threads, self._most)
-        if size < 2 or len(items) < 2 * size or not self._started(size):
+        alone = size < 2 or len(items) < 2 * size or self._copy is None
+        if alone or not _is_plain(self._network):
             for item in items:
                 yield function(self._network, item)
             return
-        assert self._pool is not None
+        for _ in range(self._copies, size):
+            self._free.put(_copy(self._copy))  # type: ignore[arg-type]
+        self._copies = max(self._copies, size)
+        pool = _pool(size, threads // size)
         coming: deque[Future[Result]] = deque()
         try:
             for item in items:
                 if len(coming) > size:  # results in waiting take memory
                     yield coming.popleft().result()
-                coming.append(self._pool.submit(self._run, function, item))
+                coming.append(pool.submit(self._run, function, item))
             while coming:
                 yield coming.popleft().result()
         finally:
@@ -72,29 +76,26 @@ class Workers:
             for future in coming:
                 if not future.cancelled():
                     future.exception()
-            torch.set_num_threads(threads)  # for threads to come, after those of the workers
+            torch.set_num_threads(threads)  # for threads to come, after those of the pool
 
     def _run(self, function: Callable[[Any, Item], Result], item: Item) -> Result:
-        with torch.no_grad():
-            return function(self._own.network, item)
+        network = self._free.get()
+        try:
+            with torch.no_grad():
+                return function(network, item)
+        finally:
+            self._free.put(network)
 
-    def _started(self, size: int) -> bool:
-        """Whether threads are there."""
-        if self._copy is None or not _is_plain(self._network):
-            return False
-        if self._pool is None or self._threads != torch.get_num_threads():
-            copies: SimpleQueue[nn.Module | None] = SimpleQueue()
-            for _ in range(size):
-                copies.put(_copy(self._copy))
-            share = torch.get_num_threads() // size
 
-            def start() -> None:
-                torch.set_num_threads(share)
-                self._own.network = copies.get()
+@functools.cache
+def _pool(size: int, share: int) -> ThreadPoolExecutor:
+    """Threads that stay, with the memory they work in; each has `share` of torch's threads."""
+    return ThreadPoolExecutor(size, "confprune", torch.set_num_threads, (share,))
 
-            self._pool = ThreadPoolExecutor(size, "confprune", start)
-            self._threads = torch.get_num_threads()
-        return True
+
+# A child process has none of the threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _is_plain(network: nn.Module) -> bool:
