@@ -51,7 +51,7 @@ class Sizes:
 
 DEFAULT = Sizes(
     classification=Part(training=20_000, pool=3000, scoring=128, epochs=6, levels=50),
-    segmentation=Part(training=400, pool=300, scoring=64, epochs=25, levels=20),
+    segmentation=Part(training=400, pool=500, scoring=64, epochs=25, levels=40),
     pixels=64,
     splits=200,
     curve_splits=100,
