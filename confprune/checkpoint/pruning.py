@@ -79,9 +79,10 @@ def prune(
     prune, to the last bit. Everything else stays as it is, to the last bit as well; the metadata of
     the files gain the sparsity.
 
-    The source is read in pieces, once to select 16-bit weights or for one sparsity, and twice to
-    select others or where a guess went wrong, and once to write; nothing but pieces is in memory. The outputs appear when all of them are complete;
-    until then, nothing changes. What takes the place of an old file is on the disk before.
+    The source is read in pieces, once to select 16-bit weights or for one sparsity, twice to select
+    others or where a guess went wrong, and once to write; nothing but pieces is in memory. The
+    outputs appear when all of them are complete; until then, nothing changes. What takes the place
+    of an old file is on the disk before.
 
     Parameters
     ----------
