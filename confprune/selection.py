@@ -273,12 +273,16 @@ def collect_keys(
     return np.concatenate(found)
 
 
+def infinity_key(key: torch.dtype) -> int:
+    """The key of infinity, above which stand those of NaN."""
+    return ((1 << (KEY_BITS[key] - MANTISSA[key])) - 1) << MANTISSA[key]
+
+
 def _check_nan(
     scores: Mapping[str, Tensor], key: torch.dtype, histogram: np.ndarray, shift: int
 ) -> None:
     """Raise for the first tensor with NaN, whose keys stand above that of infinity."""
-    infinity = ((1 << (KEY_BITS[key] - MANTISSA[key])) - 1) << MANTISSA[key]
-    if not histogram[infinity >> shift :].any():
+    if not histogram[infinity_key(key) >> shift :].any():
         return
     for name, tensor in scores.items():
         if tensor.isnan().any():

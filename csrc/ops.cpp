@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "element_of.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -22,22 +23,6 @@ using at::Tensor;
 
 constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
-
-Element element_of(at::ScalarType type, const char* argument) {
-  switch (type) {
-    case at::kFloat:
-      return Element::float32;
-    case at::kDouble:
-      return Element::float64;
-    case at::kHalf:
-      return Element::float16;
-    case at::kBFloat16:
-      return Element::bfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, float16 or bfloat16, got ",
-                       type);
-  }
-}
 
 Source source_of(const Tensor& tensor, const char* argument) {
   TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),

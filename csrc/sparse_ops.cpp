@@ -7,6 +7,7 @@
 #include <atomic>
 #include <vector>
 
+#include "element_of.h"
 #include "kernels/sparse_matrix.h"
 #include "kernels/sparse_product.h"
 
@@ -17,25 +18,9 @@ using at::Tensor;
 
 constexpr int64_t kSerial = 1 << 14;  // multiply-adds below which threads cost more than they save
 
-Element element_of(const Tensor& tensor, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Element::float32;
-    case at::kDouble:
-      return Element::float64;
-    case at::kHalf:
-      return Element::float16;
-    case at::kBFloat16:
-      return Element::bfloat16;
-    default:
-      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, float16 or bfloat16, got ",
-                       tensor.scalar_type());
-  }
-}
-
 DenseMatrix dense_of(const Tensor& weight, int64_t groups) {
   return {const_cast<void*>(weight.const_data_ptr()),
-          element_of(weight, "weight"),
+          element_of(weight.scalar_type(), "weight"),
           {weight.stride(0), weight.stride(1)},
           weight.size(0),
           weight.size(1),
@@ -65,7 +50,7 @@ SparseMatrix matrix_of(const Tensor& values, const Tensor& columns, const Tensor
                     "values, columns, slices and cells are not those of a matrix of shape [", rows,
                     ", ", row_size, "] in ", groups, " groups");
   return {values.const_data_ptr(),
-          element_of(values, "values"),
+          element_of(values.scalar_type(), "values"),
           columns.const_data_ptr<uint8_t>(),
           slices.const_data_ptr<uint8_t>(),
           cells.const_data_ptr<int64_t>(),
@@ -152,7 +137,7 @@ void run(const SparseProduct& product) {
 
 void check_product(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                    int64_t outputs) {
-  element_of(x, "x");
+  element_of(x.scalar_type(), "x");
   TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == (values.scalar_type() == at::kDouble),
                    "x is ", x.scalar_type(), " and the weights are ", values.scalar_type());
   if (bias.has_value())
@@ -173,7 +158,7 @@ void run_product(const SparseMatrix& weight, const Tensor& x, const std::optiona
     return;
   const auto batch_of = [](const Tensor& tensor) {
     Batch batch{const_cast<void*>(tensor.const_data_ptr()),
-                element_of(tensor, "x"),
+                element_of(tensor.scalar_type(), "x"),
                 tensor.stride(0),
                 tensor.stride(1),
                 {0, 0, 0}};

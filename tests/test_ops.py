@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import check_on, threads
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,16 +26,6 @@ prefix_rows = torch.ops.confprune.prefix_rows
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-@contextmanager
-def threads(number: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, most: int = 3) -> Tensor:
@@ -406,21 +393,7 @@ ORDER = ["baseline", "avx2", "avx512"]
 def test_narrower_instruction_sets_compute_the_same(instruction_set):
     if ORDER.index(instruction_set) >= ORDER.index(ops.instruction_set()):
         pytest.skip(f"this machine runs {ops.instruction_set()} at most")
-    script = (
-        "import sys, pytest\n"
-        "from confprune import ops\n"
-        f"assert ops.instruction_set() == {instruction_set!r}, ops.instruction_set()\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__ + '::TestProducts'!r}]))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"CONFPRUNE_ISA": instruction_set, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "passed" in run.stdout
+    check_on(instruction_set, f"{__file__}::TestProducts")
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "batch last", "offset"])

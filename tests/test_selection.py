@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import threads
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -23,16 +22,6 @@ INTEGERS = {
     torch.bfloat16: torch.int16,
 }
 DTYPES = list(INTEGERS)
-
-
-@contextmanager
-def threads(number: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def magnitudes(scores: dict[str, Tensor]) -> np.ndarray:

@@ -6,15 +6,12 @@ kernel and reference must agree bit for bit.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import check_on
 from torch import Tensor
 
 from confprune import ops
@@ -283,21 +280,7 @@ def test_narrower_instruction_sets_compute_the_same(instruction_set):
     # Asked for by its name, AVX-512 does without the byte permutations of some machines.
     if order.index(instruction_set) > order.index(ops.instruction_set()):
         pytest.skip(f"this machine runs {ops.instruction_set()} at most")
-    script = (
-        "import sys, pytest\n"
-        "from confprune import ops\n"
-        f"assert ops.instruction_set() == {instruction_set!r}, ops.instruction_set()\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__ + '::TestProducts'!r}]))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"CONFPRUNE_ISA": instruction_set, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "passed" in run.stdout
+    check_on(instruction_set, f"{__file__}::TestProducts")
 
 
 def _refused(packed: list[Tensor], rows: int, row_size: int) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
+from machine import threads
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,16 +17,6 @@ from confprune.losses import BUILT_IN, Loss
 
 GRID = [0.0, 0.3, 0.6, 0.9]
 CHUNK = 128 * 30 * 4 * 4  # bytes of 128 examples
-
-
-@contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Watched(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from confprune.checkpoint.weights import StoredWeights
-from confprune.selection import KEY_BITS, MANTISSA, Cuts, collect_keys
+from confprune.selection import MANTISSA, Cuts, collect_keys, infinity_key
 
 _DEVIATIONS = 8  # half the width of a guess, in standard deviations of the sample's rank
 _MOST = 1 << 23  # keys that are collected
@@ -38,7 +38,7 @@ def select_one(weights: StoredWeights, count: int, key: torch.dtype) -> Cuts | N
     sample = weights.sample(key)
     if sample is None:
         return None
-    infinity = ((1 << (KEY_BITS[key] - MANTISSA[key])) - 1) << MANTISSA[key]
+    infinity = infinity_key(key)
     low, high, share = _guess(sample & np.iinfo(sample.dtype).max, count / total)
     if high >= infinity or share * total > _MOST / 2:
         return None
