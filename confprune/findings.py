@@ -171,11 +171,11 @@ def _bounds_at_looks(
     spending = plan.spending
     if PVALUES[name].from_sums is None:  # the wealth process keeps no sums to invert
         name, spending = "convex", (plan.delta / len(plan.sizes),) * len(plan.sizes)
+    at_look = np.searchsorted(plan.sizes, result.seen)
+    spent = np.array(spending)[at_look]
     bounds = np.ones(len(result.seen))
-    for size, spent in zip(plan.sizes, spending, strict=True):
-        at = np.flatnonzero(result.seen == size)
-        if len(at) and spent > 0:
-            sums, counts = result.sums[r, at], result.counts[r, at]
-            bounds[at] = upper_bound_from_sums(sums, counts, spent, name)
+    known = spent > 0
+    sums, counts = result.sums[r, known], result.counts[r, known]
+    bounds[known] = upper_bound_from_sums(sums, counts, spent[known], name)
     rejected = result.pvalues_by_risk[r] <= plan.delta
     return np.where(rejected, np.minimum(bounds, target.risk.alpha), bounds)
