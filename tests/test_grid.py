@@ -671,3 +671,16 @@ def test_large_weights_that_are_not_written_out_do_not_split_the_grid():
     )
     grid.evaluate(torch.randn(4, 600), [0])
     assert grid._level_chunk(4) >= len(GRID)
+
+
+def test_capacity_fills_the_lanes_of_the_products_within_the_memory_or_is_nothing():
+    model = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 4))
+    one_level = 4 * 600 * 4  # four activations of 600 numbers for each example
+    grid = GridForward(
+        model, prune_levels(model, GRID), [DISTANCE], activation_bytes=300 * one_level
+    )
+    examples = torch.randn(4, 600)
+    assert [grid.capacity(examples, levels) for levels in (1, 2, 3)] == [256, 128, 0]
+    for levels in (1, 2):
+        capacity = grid.capacity(examples, levels)
+        assert list(grid._example_chunks(capacity, levels)) == [(0, capacity)]
