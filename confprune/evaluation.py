@@ -164,7 +164,7 @@ class Evaluation:
         return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
 
     def capacity(self, batch: Any, active: IntArray) -> int:
-        """The most examples that are evaluated in one go at the candidates at `active` [A]."""
+        """The most examples that cost little more than one at the candidates at `active` [A]."""
         levels = np.bincount(self._candidates[active, 0], minlength=len(self._grids)).tolist()
         pairs = zip(self._grids, levels, strict=True)
         return min(grid.capacity(batch, count) for grid, count in pairs if count)

@@ -141,10 +141,9 @@ def early_test(
 
 
 def _stride(test: SequentialTest, evaluation: Evaluation, batch: Any, seen: int) -> int:
-    """How many examples to evaluate next: up to the look, and past it where they fit in one go.
+    """How many examples to evaluate next: up to the look, and past it where that costs little.
 
-    A small network costs more by the call than by the example. But not past twice the look, because
-    what is evaluated of levels that a look then drops is of no use.
+    Not past twice the look, because what is evaluated of levels that a look drops is of no use.
     """
     ahead = min(evaluation.capacity(batch, test.active), 2 * test.next_look - seen)
     return max(test.next_look - seen, ahead)
