@@ -218,7 +218,7 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
 
 def take(batch: Any, index: Tensor) -> Any:
     """The examples of a batch at `index` [m], in that order, in the batch's structure."""
-    return _mapped(batch, lambda tensor: tensor[index.to(tensor.device)])
+    return _mapped(batch, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:

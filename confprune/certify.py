@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -328,7 +329,13 @@ def _name(levels: PruneLevels) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that made a certificate."""
-    return {name: metadata.version(name) for name in ("confprune", "torch", "numpy")}
+    return {name: _version(name) for name in ("confprune", "torch", "numpy")}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """What is installed, which takes milliseconds to find out."""
+    return metadata.version(name)
 
 
 def _group_names(

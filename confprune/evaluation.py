@@ -50,6 +50,14 @@ class Evidence:
     accepted: NDArray[np.bool_] | None
     labels: NDArray[np.str_] | None
 
+    def part(self, examples: slice, columns: IntArray) -> Evidence:
+        """What some of the examples say of the candidates of some columns."""
+        return Evidence(
+            self.losses[:, examples, columns],
+            None if self.accepted is None else self.accepted[examples, columns],
+            None if self.labels is None else self.labels[examples],
+        )
+
     def of(self, target: Target, losses: Sequence[Loss]) -> tuple[NDArray[np.float32], Any]:
         """The losses [B, A] that a target is about, and which of them count (None: all)."""
         matrix = self.losses[[loss.name for loss in losses].index(target.risk.loss.name)]
@@ -154,6 +162,12 @@ class Evaluation:
         if self._groups is not None:
             labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
         return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
+
+    def capacity(self, batch: Any, active: IntArray) -> int:
+        """The most examples that cost little more than one at the candidates at `active` [A]."""
+        levels = np.bincount(self._candidates[active, 0], minlength=len(self._grids)).tolist()
+        pairs = zip(self._grids, levels, strict=True)
+        return min(grid.capacity(batch, count) for grid, count in pairs if count)
 
     def completed(self, evidence: Evidence) -> Evidence:
         """The evidence with what every rank has evaluated of it."""

@@ -118,11 +118,11 @@ def early_test(
         for batch in stream:
             begin, size = 0, batch_length(batch)
             while begin < size and not test.finished:
-                end = min(size, begin + test.next_look - seen)
+                end = min(size, begin + _stride(test, evaluation, batch, seen))
                 pending.append(evaluation(slice_batch(batch, begin, end), test.active))
                 seen += end - begin
                 begin = end
-                if seen == test.next_look or len(pending) == evaluation.ranks.size:
+                if seen >= test.next_look or len(pending) == evaluation.ranks.size:
                     accepted += _take_in(test, evaluation, targets, pending)
                     pending.clear()
             if test.finished:
@@ -140,20 +140,34 @@ def early_test(
     return Findings(result, bounds, rates)
 
 
+def _stride(test: SequentialTest, evaluation: Evaluation, batch: Any, seen: int) -> int:
+    """How many examples to evaluate next: up to the look, and past it where that costs little.
+
+    Not past twice the look, because what is evaluated of levels that a look drops is of no use.
+    """
+    ahead = min(evaluation.capacity(batch, test.active), 2 * test.next_look - seen)
+    return max(test.next_look - seen, ahead)
+
+
 def _take_in(
     test: SequentialTest,
     evaluation: Evaluation,
     targets: Sequence[Target],
     pending: Sequence[Evidence],
 ) -> FloatArray:
-    """Test on evidence that ends at a look at the latest; the acceptances of each candidate."""
+    """Test on evidence of the levels that were active, look by look; how often each accepted."""
     active, accepted = test.active, np.zeros(len(evaluation))
     for own in pending:
         evidence = evaluation.completed(own)
-        parts = [evidence.of(target, evaluation.losses) for target in targets]
-        if evidence.accepted is not None:
-            accepted[active] += evidence.accepted.sum(axis=0)
-        test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+        begin, size = 0, evidence.losses.shape[1]
+        while begin < size and not test.finished:
+            end = min(size, begin + test.next_look - test.seen)
+            part = evidence.part(slice(begin, end), np.searchsorted(active, test.active))
+            if part.accepted is not None:
+                accepted[test.active] += part.accepted.sum(axis=0)
+            parts = [part.of(target, evaluation.losses) for target in targets]
+            test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+            begin = end
     return accepted
 
 
@@ -171,11 +185,11 @@ def _bounds_at_looks(
     spending = plan.spending
     if PVALUES[name].from_sums is None:  # the wealth process keeps no sums to invert
         name, spending = "convex", (plan.delta / len(plan.sizes),) * len(plan.sizes)
+    at_look = np.searchsorted(plan.sizes, result.seen)
+    spent = np.array(spending)[at_look]
     bounds = np.ones(len(result.seen))
-    for size, spent in zip(plan.sizes, spending, strict=True):
-        at = np.flatnonzero(result.seen == size)
-        if len(at) and spent > 0:
-            sums, counts = result.sums[r, at], result.counts[r, at]
-            bounds[at] = upper_bound_from_sums(sums, counts, spent, name)
+    known = spent > 0
+    sums, counts = result.sums[r, known], result.counts[r, known]
+    bounds[known] = upper_bound_from_sums(sums, counts, spent[known], name)
     rejected = result.pvalues_by_risk[r] <= plan.delta
     return np.where(rejected, np.minimum(bounds, target.risk.alpha), bounds)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import confprune
-from confprune import LookPlan, Risk
+from confprune import LookPlan, Loss, Risk
 from confprune.risk.testing import graphical
 
 GRID = [j / 20 for j in range(20)]
@@ -73,6 +73,43 @@ class TestLooks:
             calibrate(model, DataLoader(dataset, batch_size=50, shuffle=True)),
         ):
             assert other == one
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"loss": "soft_disagreement", "alpha": 0.2},
+            {"risks": [Risk("disagreement", 0.1), Risk("error", 0.3)]},
+            {"groups": "targets", "alpha": 0.3, "loss": "disagreement"},
+            {"accept": confprune.confident(0.5, of="pruned")},
+            {"criterion": ["magnitude", "random"]},
+        ],
+        ids=lambda settings: next(iter(settings), "plain"),
+    )
+    def test_evaluating_ahead_of_them_changes_nothing(self, model, data, settings):
+        ahead = calibrate(model, data, **settings)
+        step_by_step = calibrate(model, data, activation_bytes=1, **settings)
+        assert ahead.looks.seen == step_by_step.looks.seen
+        assert ahead.rejected == step_by_step.rejected
+        for values in ("risks", "pvalues", "bounds", "acceptance"):
+            both = (getattr(certificate, values) for certificate in (ahead, step_by_step))
+            found, expected = (np.array(value, dtype=np.float64) for value in both)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+    def test_small_networks_are_evaluated_ahead_of_them_but_not_far(self, model, data):
+        sizes = []
+
+        def noting_its_examples(outputs, reference):
+            sizes.append(len(reference.outputs))
+            return confprune.losses.disagreement(outputs, reference)
+
+        loss = Loss("noting", noting_its_examples, binary=True, vmappable=True)
+        certificate = calibrate(model, data, loss=loss)
+        _, *chunks = sizes  # the first is the check before the work
+        last = max(certificate.looks.seen)
+        looks = [size for size in certificate.looks.sizes if size <= last]
+        assert len(chunks) < len(looks) / 2
+        assert last <= sum(chunks) <= 2 * last
 
     def test_a_plan_of_ones_own_is_followed(self, model, data):
         plan = LookPlan((300, 900), (0.05, 0.05), 0.1)

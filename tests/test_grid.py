@@ -671,3 +671,21 @@ def test_large_weights_that_are_not_written_out_do_not_split_the_grid():
     )
     grid.evaluate(torch.randn(4, 600), [0])
     assert grid._level_chunk(4) >= len(GRID)
+
+
+def test_capacity_fills_the_lanes_with_few_activations_or_is_nothing():
+    model = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 4))
+    examples, one_level = torch.randn(4, 600), 4 * 600 * 4  # four activations of 600 numbers
+
+    def capacities(budget):
+        grid = GridForward(model, prune_levels(model, GRID), [DISTANCE], activation_bytes=budget)
+        found = [grid.capacity(examples, levels) for levels in (1, 2, 3)]
+        assert all(
+            list(grid._example_chunks(n, levels)) == [(0, n)]
+            for levels, n in enumerate(found, start=1)
+            if n
+        )
+        return found
+
+    assert capacities(300 * one_level) == [256, 128, 0]
+    assert capacities(64 << 20) == capacities(64 << 30) == [6912, 3456, 2304]

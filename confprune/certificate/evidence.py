@@ -152,9 +152,9 @@ class Looks:
     spending : tuple of float
         The part of delta spent at each.
     seen : tuple of int, length K
-        Examples on which each level was evaluated: the first so many in the order of testing.
+        Examples on which each level was tested: the first so many in the order of testing.
     evaluations : int
-        Pairs (example, candidate) evaluated, those of other ways of pruning included.
+        Pairs (example, candidate) that the tests needed, those of other ways of pruning included.
     saved : float
         Share of all pairs that was not needed.
     order : str

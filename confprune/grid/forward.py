@@ -112,6 +112,17 @@ class GridForward:
         self._footprint: _Footprint | None = None
 
     @torch.no_grad()
+    def capacity(self, batch: Any, levels: int) -> int:
+        """The most examples that cost little more than one, evaluated in one go at so many levels.
+
+        Their number fills the lanes of the products, and their activations are few whatever the
+        budget; 0 where these cannot be both.
+        """
+        if self._footprint is None:
+            self._prepare(batch)
+        return self._fitting(levels, min(self._budget, ACTIVATION_BYTES))
+
+    @torch.no_grad()
     def evaluate(
         self,
         batch: Any,
@@ -303,12 +314,16 @@ class GridForward:
         """Ranges of examples: as many as fit with all levels, but enough to fill the vectors."""
         assert self._footprint is not None
         per_example = self._footprint.activation * _LIVE
-        fit = self._budget // max(1, per_example * levels)
-        full = self._footprint.examples  # examples that fill the lanes of the products
-        fit = max(full, fit // full * full)
-        step = max(1, min(fit, self._budget // max(1, per_example)))
+        most = max(self._fitting(levels, self._budget), self._footprint.examples)
+        step = max(1, min(most, self._budget // max(1, per_example)))
         for begin in range(0, size, step):
             yield begin, min(size, begin + step)
+
+    def _fitting(self, levels: int, budget: int) -> int:
+        """Examples whose activations at so many levels fit the budget, in full lanes."""
+        assert self._footprint is not None
+        fit = budget // max(1, self._footprint.activation * _LIVE * levels)
+        return fit - fit % self._footprint.examples
 
     def _level_chunk(self, examples: int) -> int:
         assert self._footprint is not None

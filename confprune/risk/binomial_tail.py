@@ -4,14 +4,10 @@ Three p-values rest on it: the distribution function F itself (``binomial``, ``b
 running sum, the expected hinge G(a) = E(a - B)^+ = sum over k < a of F(k) (``convex``). One table
 serves all levels of a grid, because they share n and alpha.
 
-The probabilities are computed one by one from Loader's saddle-point form [1]_, which keeps full
-relative accuracy far in the tail, where differences of log-gamma functions lose all digits.
-They are stored multiplied by a power of two, so that neither values of 1e-320 nor their sums
-leave the range in which doubles are accurate.
-
-References
-----------
-.. [1] C. Loader, "Fast and accurate computation of binomial probabilities", 2000.
+The probabilities are built up from the most likely number by their ratios, and divided by their
+sum: that keeps full relative accuracy far in the tail, where differences of log-gamma functions
+lose all digits. They are stored multiplied by a power of two, so that neither values of 1e-320 nor
+their sums leave the range in which doubles are accurate.
 """
 
 from __future__ import annotations
@@ -143,7 +139,7 @@ class BinomialTail:
     def below(self, counts: ArrayLike) -> FloatArray:
         """``P(B <= counts)`` for integers `counts`; 0 where it underflows."""
         index = np.asarray(counts, dtype=np.int64) - self.start
-        inside = np.clip(index, 0, len(self.cdf) - 1)
+        inside = np.minimum(np.maximum(index, 0), len(self.cdf) - 1)  # np.clip takes longer
         probability = np.minimum(np.ldexp(self.cdf[inside], -SCALE_BITS), 1.0)
         probability = np.where(index < 0, 0.0, probability)
         return np.where(index >= len(self.cdf) - 1, 1.0, probability)
@@ -184,9 +180,7 @@ def build_binomial_tail(n: int, alpha: float, floor: float = UNDERFLOW) -> Binom
         Its window is at most a few dozen standard deviations wide, whatever n.
     """
     start, stop = binomial_window(n, alpha, -floor)
-    counts = np.arange(start, stop + 1, dtype=np.float64)
-    log_probability = _log_probability(counts, n, alpha)
-    scaled = np.exp(log_probability + SCALE_BITS * math.log(2.0))
+    scaled = _scaled_probabilities(start, stop, n, alpha)
     if start == 0:
         scaled[0] = float(probability_of_none(n, alpha) * (1 << SCALE_BITS))
     cdf = np.cumsum(scaled)
@@ -219,8 +213,7 @@ def binomial_probabilities(n: int, alpha: float) -> tuple[int, FloatArray]:
     (0, array([0.25, 0.5 , 0.25]))
     """
     start, stop = binomial_window(n, alpha)
-    counts = np.arange(start, stop + 1, dtype=np.float64)
-    return start, np.exp(_log_probability(counts, n, alpha))
+    return start, np.ldexp(_scaled_probabilities(start, stop, n, alpha), -SCALE_BITS)
 
 
 def binomial_window(n: int, alpha: float, lower: float = LOWER) -> tuple[int, int]:
@@ -242,30 +235,16 @@ def _bernstein_radius(variance: float, exponent: float) -> float:
     return exponent / 3.0 + math.sqrt(exponent * exponent / 9.0 + 2.0 * variance * exponent)
 
 
-def _log_probability(counts: FloatArray, n: int, alpha: float) -> FloatArray:
-    """Log of P(B = counts), by Loader's saddle point."""
-    inside = np.clip(counts, 1.0, max(n - 1.0, 1.0))
-    others = np.maximum(n - inside, 1.0)
-    log_probability = (
-        _stirling_error(np.float64(n))
-        - _stirling_error(inside)
-        - _stirling_error(others)
-        - binomial_deviance(inside, n, alpha)
-        - 0.5 * np.log(2.0 * np.pi * inside * (others / n))
-    )
-    log_probability = np.where(counts == 0.0, n * math.log1p(-alpha), log_probability)
-    return np.where(counts == n, n * math.log(alpha), log_probability)
+def _scaled_probabilities(start: int, stop: int, n: int, alpha: float) -> FloatArray:
+    """P(B = k) * 2**SCALE_BITS for k from `start` to `stop`, which hold nearly all of the mass.
 
-
-def _stirling_error(x: FloatArray | np.float64) -> FloatArray:
-    """log(x!) minus Stirling's formula, for x >= 1."""
-    small = np.minimum(x, 16.0)
-    exact = special.gammaln(small + 1.0) - (
-        (small + 0.5) * np.log(small) - small + 0.5 * math.log(2.0 * math.pi)
-    )
-    inverse = 1.0 / x
-    square = inverse * inverse
-    series = inverse * (
-        1 / 12 - square * (1 / 360 - square * (1 / 1260 - square * (1 / 1680 - square / 1188)))
-    )
-    return np.asarray(np.where(x < 16.0, exact, series))
+    A step adds a few roundings and cancels nothing; ten million trials take 80,000 steps at most.
+    """
+    mode = min(max(math.floor((n + 1) * alpha), start), stop)
+    odds = alpha / (1.0 - alpha)
+    below, above = np.arange(mode, start, -1.0), np.arange(float(mode), stop)
+    peak = [math.ldexp(1.0, SCALE_BITS)]
+    falling = np.cumprod(np.concatenate([peak, below / ((n + 1.0 - below) * odds)]))
+    rising = np.cumprod(np.concatenate([peak, (n - above) / (above + 1.0) * odds]))
+    weights = np.concatenate([falling[:0:-1], rising])
+    return np.asarray(weights / math.ldexp(weights.sum(), -SCALE_BITS))

@@ -238,11 +238,11 @@ def upper_bound(losses: ArrayLike, delta: float, pvalue: str = "auto") -> FloatA
         process.update(matrix[:, column])
         return np.log(process.pvalues())
 
-    return _crossing(log_pvalue, delta, sums / n, np.ones(levels), tolerance=1e-9)
+    return _crossing(log_pvalue, np.full(levels, delta), sums / n, np.ones(levels), tolerance=1e-9)
 
 
 def upper_bound_from_sums(
-    sums: ArrayLike, n: ArrayLike, delta: float, pvalue: str = "convex"
+    sums: ArrayLike, n: ArrayLike, delta: ArrayLike, pvalue: str = "convex"
 ) -> FloatArray:
     """Upper confidence bounds on the risk from sums of losses; see `upper_bound`.
 
@@ -252,7 +252,7 @@ def upper_bound_from_sums(
         Sums of the losses of each level.
     n : int or array_like [K]
         Number of examples; 0 gives the bound 1.
-    delta : float
+    delta : float or array_like [K]
         Error level, in (0, 1).
     pvalue : str
         One of those that depend on sums.
@@ -266,8 +266,10 @@ def upper_bound_from_sums(
     >>> upper_bound_from_sums([0, 2], 100, delta=0.1, pvalue="binomial").round(4)
     array([0.0228, 0.0523])
     """
-    delta = check_probability("delta", delta)
     totals, counts = check_sums(sums, n)
+    deltas = np.broadcast_to(np.asarray(delta, dtype=np.float64), totals.shape)
+    for value in np.unique(deltas):
+        check_probability("delta", value)
     if pvalue not in _BOUNDS:
         raise ValueError(
             f"no bound from sums for pvalue={pvalue!r}; choose one of {', '.join(_BOUNDS)}, "
@@ -275,41 +277,41 @@ def upper_bound_from_sums(
         )
     bounds = np.ones(totals.shape)
     some = counts > 0
-    pairs = np.stack([totals[some], counts[some].astype(np.float64)])
-    distinct, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    bounds[some] = _BOUNDS[pvalue](distinct[0], distinct[1], delta)[inverse.ravel()]
+    columns = np.stack([totals[some], counts[some].astype(np.float64), deltas[some]])
+    distinct, inverse = np.unique(columns, axis=1, return_inverse=True)
+    bounds[some] = _BOUNDS[pvalue](*distinct)[inverse.ravel()]
     return bounds
 
 
-def _bound_hoeffding(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
+def _bound_hoeffding(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
     def log_pvalue(alpha: FloatArray, index: IntArray) -> FloatArray:
         return -binomial_deviance(sums[index], n[index], alpha)
 
     return _crossing(log_pvalue, delta, sums / n, np.ones(sums.shape))
 
 
-def _bound_binomial(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
+def _bound_binomial(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
     return _bound_by_tables(BinomialTail.below, sums, n, delta, *_bracket(sums, n, delta))
 
 
-def _bound_bentkus(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
+def _bound_bentkus(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
     low = _bracket(np.floor(sums), n, delta / np.e)[0]
     high = _bracket(np.ceil(sums), n, delta / np.e)[1]
     return _bound_by_tables(bentkus_tail, sums, n, delta, low, high)
 
 
-def _bound_hoeffding_bentkus(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
+def _bound_hoeffding_bentkus(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
     return np.minimum(_bound_hoeffding(sums, n, delta), _bound_bentkus(sums, n, delta))
 
 
-def _bound_convex(sums: FloatArray, n: FloatArray, delta: float) -> FloatArray:
+def _bound_convex(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
     # Between the exact bound for 0/1 losses and the bounds it improves on.
     low = _bracket(np.floor(sums), n, delta)[0]
     high = np.minimum(_bound_hoeffding(sums, n, delta) * (1.0 + _MARGIN), 1.0)
     return _bound_by_tables(BinomialTail.hinge_bound, sums, n, delta, low, high)
 
 
-_BOUNDS: dict[str, Callable[[FloatArray, FloatArray, float], FloatArray]] = {
+_BOUNDS: dict[str, Callable[[FloatArray, FloatArray, FloatArray], FloatArray]] = {
     "hoeffding": _bound_hoeffding,
     "bentkus": _bound_bentkus,
     "hoeffding_bentkus": _bound_hoeffding_bentkus,
@@ -318,11 +320,11 @@ _BOUNDS: dict[str, Callable[[FloatArray, FloatArray, float], FloatArray]] = {
 }
 
 
-def _bracket(sums: FloatArray, n: FloatArray, delta: float) -> tuple[FloatArray, FloatArray]:
+def _bracket(sums: FloatArray, n: FloatArray, delta: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Risks just below and just above the bound of Clopper and Pearson."""
     inside = sums < n
     quantile = np.ones(sums.shape)
-    quantile[inside] = special.betainccinv(sums[inside] + 1.0, (n - sums)[inside], delta)
+    quantile[inside] = special.betainccinv((sums + 1.0)[inside], (n - sums)[inside], delta[inside])
     return quantile * (1.0 - _MARGIN), np.minimum(quantile * (1.0 + _MARGIN), 1.0)
 
 
@@ -330,16 +332,18 @@ def _bound_by_tables(
     tail: Callable[[BinomialTail, FloatArray], FloatArray],
     sums: FloatArray,
     n: FloatArray,
-    delta: float,
+    delta: FloatArray,
     low: FloatArray,
     high: FloatArray,
 ) -> FloatArray:
-    floor = math.log(delta) - 40.0
+    floors = np.log(delta) - 40.0
 
     def log_pvalue(alpha: FloatArray, index: IntArray) -> FloatArray:
         pvalues = [
-            tail(build_binomial_tail(int(n[level]), float(value), floor), sums[level])
-            for value, level in zip(alpha, index, strict=True)
+            tail(build_binomial_tail(int(trials), float(value), floor), total)
+            for trials, value, floor, total in zip(
+                n[index], alpha, floors[index], sums[index], strict=True
+            )
         ]
         return np.log(np.maximum(pvalues, 1e-300))
 
@@ -348,7 +352,7 @@ def _bound_by_tables(
 
 def _crossing(
     log_pvalue: Callable[[FloatArray, IntArray], FloatArray],
-    delta: float,
+    delta: FloatArray,
     low: FloatArray,
     high: FloatArray,
     tolerance: float = _TOLERANCE,
@@ -359,12 +363,13 @@ def _crossing(
     above delta at `high` gives the bound 1.
     """
     # A little below delta, so that a rounding error in the p-value cannot lift it above.
-    target = math.log(delta) - 1e-12
+    targets = np.log(delta) - 1e-12
 
-    def excess(alpha: FloatArray, index: FloatArray) -> FloatArray:
+    def excess(alpha: FloatArray, position: FloatArray) -> FloatArray:
+        index = position.astype(np.int64)
         inside = (alpha > 0.0) & (alpha < 1.0)
-        values = np.where(alpha >= 1.0, -_FAR, -target)
-        values[inside] = log_pvalue(alpha[inside], index[inside].astype(np.int64)) - target
+        values = np.where(alpha >= 1.0, -_FAR, -targets[index])
+        values[inside] = log_pvalue(alpha[inside], index[inside]) - targets[index[inside]]
         return np.asarray(np.clip(values, -_FAR, _FAR))
 
     open_levels = np.flatnonzero(low < 1.0)

@@ -309,9 +309,9 @@ class SequentialTest:
         A doubtful level before one that has been or may still be rejected is kept: it would take
         that one with it.
         """
-        promising = np.arange(self._end)
-        promising = promising[~np.isin(promising, self._active[doubtful])]
-        self._end = int(promising[-1]) + 1 if promising.size else 0
+        promising = np.ones(self._end, dtype=bool)
+        promising[self._active[doubtful]] = False
+        self._end = int(np.flatnonzero(promising)[-1]) + 1 if promising.any() else 0
         if lost.any():
             self._end = min(self._end, int(self._active[lost][0]))
 

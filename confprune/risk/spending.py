@@ -23,6 +23,7 @@ K. Lan, D. DeMets, "Discrete sequential boundaries for clinical trials", Biometr
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -184,19 +185,19 @@ class SumTracker:
     def _look_exactly(self, index: int, levels: IntArray) -> None:
         allowed = float(self._spending[: index + 1].sum())
         last = index == len(self._spending) - 1
-        # Levels with equal counts share a path; held here so that no id is used twice.
-        paths = [self._paths[level] for level in levels]
-        advanced: dict[tuple[int, int], tuple[ErrorSpending, float, ErrorSpending]] = {}
-        for level, path in zip(levels, paths, strict=True):
-            count = int(self.counts[level])
-            key = (id(path), count)
-            if key not in advanced:
-                present = path.after(count)
-                advanced[key] = (present, *present.reject(allowed))
-            present, critical, remaining = advanced[key]
-            if self.sums[level] <= critical or last:
-                self.pvalues[level] = present.pvalue(self.sums[level])
-            self._paths[level] = remaining
+        # Levels with equal counts so far share a path.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for level in levels.tolist():
+            alike.setdefault((id(self._paths[level]), int(self.counts[level])), []).append(level)
+        for (_, count), together in alike.items():
+            present = self._paths[together[0]].after(count)
+            critical, remaining = present.reject(allowed)
+            members = np.array(together)
+            decided = members if last else members[self.sums[members] <= critical]
+            if decided.size:
+                self.pvalues[decided] = present.pvalue(self.sums[decided])
+            for level in together:
+                self._paths[level] = remaining
 
     def beyond_reach(self, levels: IntArray, seen: int, delta: float) -> BoolArray:
         """Which `levels` can never be rejected at level `delta`, whatever follows.
@@ -204,16 +205,19 @@ class SumTracker:
         After `seen` examples in all; the remaining ones may all count, and have no loss.
         """
         most = self.counts[levels] + (self._n - seen)
-        critical = np.asarray(critical_sum(most, self._alpha, delta, self._kind.name))
-        return np.asarray(self.sums[levels] > critical)
+        return np.asarray(self.sums[levels] > self._critical_sums(most, delta))
 
     def hope(self, levels: IntArray, seen: int, delta: float) -> FloatArray:
         """The chance of a sum as large as now, were the final sum to be just small enough."""
         counts = self.counts[levels]
         final = np.maximum(np.round(counts * (self._n / seen)).astype(np.int64), counts)
-        critical = np.asarray(critical_sum(final, self._alpha, delta, self._kind.name))
-        rate = np.maximum(critical, 0.0) / np.maximum(final, 1)
+        rate = np.maximum(self._critical_sums(final, delta), 0.0) / np.maximum(final, 1)
         return _bridge(self.sums[levels], rate, rate * (1.0 - rate), counts, final)
+
+    def _critical_sums(self, counts: IntArray, delta: float) -> FloatArray:
+        """The largest sums [A] that are rejected after so many examples."""
+        name = self._kind.name
+        return np.array([_critical_sum(n, self._alpha, delta, name) for n in counts.tolist()])
 
 
 class BettingTracker:
@@ -291,8 +295,15 @@ def _bridge(
     distance = counts * rate + 0.5 - sums
     with np.errstate(divide="ignore", invalid="ignore"):
         chance = special.ndtr(distance / spread)
-    impossible = sums > rate * final * (1.0 + 1e-9)  # But for rounding of the product.
-    return np.asarray(np.where(impossible, 0.0, np.nan_to_num(chance, nan=1.0)))
+    chance[np.isnan(chance)] = 1.0
+    chance[sums > rate * final * (1.0 + 1e-9)] = 0.0  # But for rounding of the product.
+    return np.asarray(chance)
+
+
+@functools.lru_cache(maxsize=4096)
+def _critical_sum(n: int, alpha: float, delta: float, pvalue: str) -> float:
+    """What is asked for at every look and level, though it depends on little."""
+    return float(critical_sum(n, alpha, delta, pvalue))
 
 
 Tracker = SumTracker | BettingTracker
