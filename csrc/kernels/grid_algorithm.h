@@ -25,6 +25,16 @@ struct Lanes {
       __attribute__((vector_size(CONFPRUNE_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
 
+// Calls body with 0, 1, ... N - 1 as constants, so that arrays of vectors it indexes are registers.
+template <class Body, int... I>
+inline void unrolled(Body body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+inline void unrolled(Body body) {
+  unrolled(body, std::make_integer_sequence<int, N>{});
+}
+
 // Where the inputs of a column of the weight are: looked up, or by a stride. A block of columns is
 // `from` its first on, and lies at `origin`.
 struct Lookup {
@@ -275,20 +285,20 @@ void pack_transposed(const Input* x, int64_t batch_stride, int64_t channel_strid
   }
 }
 
-// One line of a plane, positions [begin, end) of its last dimension, into [position, chunk].
+// One line of a plane, positions [begin, end) of its last dimension, into [position, chunk]; the
+// line that is packed soon lies `ahead`.
 template <class T, class Input>
 void pack_line(const Input* line, int64_t position_stride, int64_t batch_stride, int64_t count,
-               int64_t begin, int64_t end, int64_t step, int64_t chunk, T* out) {
+               int64_t begin, int64_t end, int64_t step, int64_t chunk, int64_t ahead, T* out) {
   if constexpr (std::is_same<T, Input>::value)
     if (batch_stride == 1 && count == chunk && chunk % Lanes<T>::kWidth == 0) {
-      if (step == 1 && position_stride == chunk)
-        std::memcpy(out, line + begin * chunk, size_t((end - begin) * chunk) * sizeof(T));
-      else
-        for (int64_t at = begin; at < end; at += step)
-          for (int64_t b = 0; b < chunk; b += Lanes<T>::kWidth, out += Lanes<T>::kWidth)
-            *reinterpret_cast<typename Lanes<T>::Unaligned*>(out) =
-                *reinterpret_cast<const typename Lanes<T>::Unaligned*>(line + at * position_stride +
-                                                                       b);
+      for (int64_t at = begin; at < end; at += step)
+        for (int64_t b = 0; b < chunk; b += Lanes<T>::kWidth, out += Lanes<T>::kWidth) {
+          const T* from = line + at * position_stride + b;
+          __builtin_prefetch(from + ahead);
+          *reinterpret_cast<typename Lanes<T>::Unaligned*>(out) =
+              *reinterpret_cast<const typename Lanes<T>::Unaligned*>(from);
+        }
       return;
     }
   for (int64_t at = begin; at < end; at += step, out += chunk) {
@@ -327,7 +337,7 @@ void pack_phase(const GridDetails& d, const Input* channel, int64_t count, int64
       std::fill(out, out + begin * p.chunk, T(0));
       pack_line(channel + a0 * layout.position_strides[0] + a1 * layout.position_strides[1],
                 layout.position_strides[2], layout.batch_stride, count, begin * step + shift,
-                (end - 1) * step + shift + 1, step, p.chunk, out + begin * p.chunk);
+                (end - 1) * step + shift + 1, step, p.chunk, layout.channel_stride, out + begin * p.chunk);
       std::fill(out + end * p.chunk, stop, T(0));
       finite.look(out, p.extent[2] * p.chunk);
     }
