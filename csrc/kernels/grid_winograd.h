@@ -251,7 +251,8 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
           const typename L::Vector sum[1] = {sums[r][p]};
           Output* to = corner + r * layout.position_strides[1] + p * layout.position_strides[2] +
                        b * layout.batch_stride;
-          __builtin_prefetch(to + ahead, 1);
+          if (direct)
+            finish.prefetch(reinterpret_cast<const float*>(to + ahead));
           if (direct && valid == L::kWidth) {
             finish.write(sum, row, reinterpret_cast<float*>(to));
           } else {
@@ -291,15 +292,15 @@ Image image_of(const GridDetails& d, const Input* x, int64_t count, float* scrat
   return image;
 }
 
-// Parts [part_begin, part_end) of the outputs at a level by minimal filtering, rows [row_begin,
-// row_end). A part has its share of the tiles, which need not be where its lines are.
+// Parts [part_begin, part_end) of the outputs at the k-th level by minimal filtering, rows
+// [row_begin, row_end). A part has its share of the tiles, which need not be where its lines are.
 template <class InOut>
-void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end,
+void run_winograd(const GridDetails& d, int64_t k, int64_t row_begin, int64_t row_end,
                   int64_t part_begin, int64_t part_end, const InOut* x, float* scratch, InOut* y) {
   using L = Lanes<float>;
   const GridProduct& product = d.product;
   const Convolution& c = product.convolution;
-  const Finish<float> finish(product);
+  const Finish<float> finish(product, k);
   Finite<float> finite;
   const int64_t chunk = d.packed.chunk, channels = c.channels;
   const int64_t groups = (row_end - row_begin + kDenseRows - 1) / kDenseRows;
@@ -309,7 +310,7 @@ void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_
   float* inputs = weights + kPoints * weight_size;
   float* products = inputs + kPointRoom * channels * most_lanes;
   // The products are not there yet when a few rows of weights are laid out.
-  winograd_weights(d, level, row_begin, row_end, products, weight_size, weights);
+  winograd_weights(d, product.levels[k], row_begin, row_end, products, weight_size, weights);
   const int64_t tiles = d.winograd.tiles[0] * d.winograd.tiles[1];
   for (int64_t part = part_begin; part < part_end;) {
     // The parts of one chunk of examples together.
