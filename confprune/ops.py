@@ -11,7 +11,8 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
 ``level [K]``, and return ``[K, N, ...]``; by output they multiply with `scale`, add `bias`, and end
-with a ReLU where that is asked for. Under ``torch.vmap`` over the level each call with one
+with a ReLU where that is asked for, a convolution after it has added ``residual [1 or K, N, ...]``.
+Under ``torch.vmap`` over the level each call with one
 level becomes one call with all.
 """
 
@@ -126,6 +127,7 @@ def _(
     groups: int,
     scale: Tensor | None = None,
     relu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     geometry = zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
     positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
@@ -144,14 +146,18 @@ def _grid_rule(operator: Any) -> Any:
         rows: Sequence[Tensor],
         *settings: Any,
     ) -> tuple[Tensor, int]:
-        x_dim, bias_dim, level_dim, row_dims = in_dims[:4]
+        x_dim, bias_dim, level_dim, row_dims, *setting_dims = in_dims
         if bias_dim is not None or any(d is not None for d in row_dims) or level_dim is None:
             raise NotImplementedError(f"{operator} can be vmapped over x and level only")
         if level.numel() != info.batch_size:
             raise NotImplementedError(f"{operator} takes one level a call under vmap")
         if x_dim is not None:
             x = x.movedim(x_dim, 0).squeeze(1)
-        return operator(x, bias, level.reshape(-1), rows, *settings).unsqueeze(1), 0
+        batched = [  # only a residual is
+            value if dim is None else value.movedim(dim, 0).squeeze(1)
+            for value, dim in zip(settings, setting_dims, strict=True)
+        ]
+        return operator(x, bias, level.reshape(-1), rows, *batched).unsqueeze(1), 0
 
     return rule
 

@@ -279,10 +279,11 @@ void check_per_output(const std::optional<Tensor>& values, const char* argument,
                       values->sizes(), " for ", outputs, " outputs");
 }
 
-// What follows the product of a layer: y = max(floor, scale * product + shift).
+// What follows the product of a layer: y = max(floor, scale * product + shift + residual).
 struct Follow {
   std::optional<Tensor> scale;
   std::optional<Tensor> shift;
+  std::optional<Tensor> residual;
   bool relu;
 };
 
@@ -315,10 +316,11 @@ void check_product(const Tensor& x, const Follow& follow, const Tensor& level, a
   check_per_output(follow.shift, "bias", outputs);
 }
 
-void multiply(GridProduct& product, const Tensor& x, const Follow& follow, const Tensor& level,
+// Returns whether the residual, and the ReLU after it, are still to be taken.
+bool multiply(GridProduct& product, const Tensor& x, const Follow& follow, const Tensor& level,
               at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
   if (x.numel() == 0 || outputs == 0 || level.numel() == 0)
-    return;
+    return false;
   const auto per_output = [&](const std::optional<Tensor>& values) {
     return values.has_value() ? values->to(rows[0].scalar_type()).contiguous() : Tensor();
   };
@@ -360,6 +362,7 @@ void multiply(GridProduct& product, const Tensor& x, const Follow& follow, const
   });
   // A pruned weight times infinity is NaN in the masked network; here it would be left out.
   TORCH_CHECK(finite, "x holds infinity or NaN, which pruned weights would hide");
+  return plan.leaves_residual();
 }
 
 Activation activation_of(const Tensor& tensor, int spatial) {
@@ -377,7 +380,7 @@ Activation activation_of(const Tensor& tensor, int spatial) {
 Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
                    at::TensorList rows, int64_t outputs, int64_t block, bool batch_minor,
                    const std::optional<Tensor>& scale, bool relu) {
-  const Follow follow{scale, bias, relu};
+  const Follow follow{scale, bias, std::nullopt, relu};
   TORCH_CHECK_VALUE(x.dim() == 3, "grid_linear takes x [1 or K, N, in], got ", x.sizes());
   check_product(x, follow, level, rows, outputs, x.size(2), block);
   const int64_t K = level.numel(), N = x.size(1);
@@ -396,8 +399,9 @@ Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Ten
 Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
                  at::TensorList rows, int64_t outputs, int64_t block, at::IntArrayRef kernel,
                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                 int64_t groups, const std::optional<Tensor>& scale, bool relu) {
-  const Follow follow{scale, bias, relu};
+                 int64_t groups, const std::optional<Tensor>& scale, bool relu,
+                 const std::optional<Tensor>& residual) {
+  const Follow follow{scale, bias, residual, relu};
   const int spatial = int(kernel.size());
   TORCH_CHECK_VALUE(spatial >= 1 && spatial <= kSpatial && x.dim() == spatial + 3,
                     "grid_conv takes x [1 or K, N, channels, positions...] and as many kernel "
@@ -439,7 +443,22 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
   Tensor y = at::empty(shape, x.options()).movedim(-1, 1);
   product.x = activation_of(x, spatial);
   product.y = activation_of(y, spatial);
-  multiply(product, x, follow, level, rows, outputs, row_size, block);
+  if (residual.has_value()) {
+    const auto of_level = y.sizes().slice(1);
+    TORCH_CHECK_VALUE(residual->scalar_type() == x.scalar_type() && residual->dim() == y.dim() &&
+                          (residual->size(0) == 1 || residual->size(0) == y.size(0)) &&
+                          residual->sizes().slice(1) == of_level,
+                      "residual is ", residual->scalar_type(), " of shape ", residual->sizes(),
+                      " for outputs ", y.scalar_type(), " of shape ", y.sizes());
+    product.residual = activation_of(*residual, spatial);
+    if (residual->size(0) == 1)
+      product.residual.level_stride = 0;
+  }
+  if (multiply(product, x, follow, level, rows, outputs, row_size, block)) {
+    y.add_(*residual);
+    if (relu)
+      y.relu_();
+  }
   return y;
 }
 
@@ -466,7 +485,7 @@ TORCH_LIBRARY(confprune, m) {
   m.def(
       "grid_conv(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
       "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-      "Tensor? scale=None, bool relu=False) -> Tensor");
+      "Tensor? scale=None, bool relu=False, Tensor? residual=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(confprune, CPU, m) {

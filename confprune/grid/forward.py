@@ -397,7 +397,7 @@ class _Probe(TorchFunctionMode):
     def fusions(self, outputs: Tensor) -> list[Fusion]:
         """What follows each call of a layer, `outputs` being what the model returned."""
         self._watcher.end(outputs)
-        return self._watcher.fusions
+        return self._watcher.fusions()
 
     def footprint(self, size: int, weight: int) -> _Footprint:
         """What one of `size` examples costs; `weight` is that of a masked weight."""

@@ -1,14 +1,14 @@
 """Steps that follow a layer and cost nothing when its product is written.
 
-A product leaves its kernel once; a batch normalisation with fixed statistics and a ReLU that follow
-can be done on the way. Which calls are followed by what, and that nothing else sees the tensors in
-between, is found by watching one plain run of the model.
+A product leaves its kernel once; on the way, a batch normalisation with fixed statistics, the
+addition of a residual to a convolution, and a ReLU can be done. Which calls are followed by what,
+and that nothing else sees the tensors in between, is found by watching one plain run of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-LAYER_CALLS: set[Any] = {F.linear, torch.addmm, torch.conv1d, torch.conv2d, torch.conv3d}
+_CONVOLUTIONS: set[Any] = {torch.conv1d, torch.conv2d, torch.conv3d}
+LAYER_CALLS: set[Any] = {F.linear, torch.addmm} | _CONVOLUTIONS
+ADDITIONS: set[Any] = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
+_IN_PLACE: set[Any] = {Tensor.add_, Tensor.__iadd__}
 _RELUS: set[Any] = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
@@ -58,19 +61,39 @@ def fixed_batch_norm(
     return Affine(scale, shift if bias is None else shift + bias)
 
 
+class Residual(NamedTuple):
+    """What is added to a layer's output: the input or the output of a call of a layer.
+
+    Attributes
+    ----------
+    layer : int
+        Number of the call.
+    steps : int or None
+        It is the output after so many functions; None for the input.
+    """
+
+    layer: int
+    steps: int | None
+
+
 @dataclass
 class Fusion:
     """What one call of a layer does besides its product.
 
     Attributes
     ----------
+    convolution : bool
+        Only convolutions add residuals.
     functions : list
         The torch functions that are done with it, in order.
     affine : Affine or None
+    residual : Residual or None
     """
 
+    convolution: bool = False
     functions: list[Any] = field(default_factory=list)
     affine: Affine | None = None
+    residual: Residual | None = None
 
     @property
     def relu(self) -> bool:
@@ -89,11 +112,26 @@ class Fusion:
                 return True
         return False
 
+    def added(self, func: Any, residual: Residual) -> bool:
+        """Take an addition in, if it can be after the functions so far."""
+        if self.relu or self.residual is not None or not self.convolution:
+            return False
+        self.functions.append(func)
+        self.residual = residual
+        return True
+
     def cut(self, length: int) -> None:
         """Keep the first functions only."""
         del self.functions[length:]
         if not self.functions or self.functions[0] is not F.batch_norm:
             self.affine = None
+        if ADDITIONS.isdisjoint(self.functions):
+            self.residual = None
+
+    def without_residual(self) -> Fusion:
+        """The functions before an addition, for where the residual is not at hand."""
+        steps = [function in ADDITIONS for function in self.functions].index(True)
+        return replace(self, functions=self.functions[:steps], residual=None)
 
 
 @dataclass
@@ -102,8 +140,22 @@ class _Link:
 
     tensor: Tensor
     fusion: Fusion
+    layer: int
     depth: int
     used: bool = False
+
+    @property
+    def tip(self) -> bool:
+        """Whether a function can follow."""
+        return not self.used and self.depth == len(self.fusion.functions)
+
+
+class _Known(NamedTuple):
+    """A tensor that can be a residual while its version is the same."""
+
+    tensor: Tensor
+    residual: Residual
+    version: int
 
 
 class Watcher:
@@ -116,28 +168,28 @@ class Watcher:
     """
 
     def __init__(self, is_prunable: Callable[[Any], bool]) -> None:
-        self.fusions: list[Fusion] = []
+        self._fusions: list[Fusion] = []
         self._is_prunable = is_prunable
         self._links: dict[int, _Link] = {}
+        self._known: dict[int, _Known] = {}
 
     def see(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Note one call and what it returned."""
         leaves = list(tree_iter((args, kwargs)))
         prunable = any(self._is_prunable(leaf) for leaf in leaves)
-        first = args[0] if args else None
+        grown = None if prunable else self._grown(func, args, kwargs)
         for leaf in leaves:
-            link = self._links.get(id(leaf)) if isinstance(leaf, Tensor) else None
-            if link is None:
-                continue
-            tip = leaf is first and not link.used and link.depth == len(link.fusion.functions)
-            if tip and not prunable and link.fusion.extended(func, args, kwargs):
-                link.used = True
-                self._links[id(result)] = _Link(result, link.fusion, link.depth + 1)
-            else:
+            if isinstance(leaf, Tensor) and (grown is None or leaf is not grown.tensor):
                 self.end(leaf)
-        if prunable and func in LAYER_CALLS:
-            self.fusions.append(Fusion())
-            self._links[id(result)] = _Link(result, self.fusions[-1], 0)
+        if grown is not None:
+            grown.used = True
+            self._note(result, grown.fusion, grown.layer, grown.depth + 1)
+        elif prunable and func in LAYER_CALLS:
+            layer = len(self._fusions)
+            self._fusions.append(Fusion(convolution=func in _CONVOLUTIONS))
+            if args:
+                self._know(args[0], Residual(layer, None))
+            self._note(result, self._fusions[-1], layer, 0)
 
     def end(self, tensor: Tensor) -> None:
         """Note that something else needs this tensor as it is."""
@@ -145,3 +197,47 @@ class Watcher:
         if link is not None:
             link.fusion.cut(link.depth)
             link.used = True
+
+    def fusions(self) -> list[Fusion]:
+        """What each call of a layer does besides, in the order of the calls."""
+        found: list[Fusion] = []
+        for fusion in self._fusions:
+            layer, steps = fusion.residual or (0, None)
+            # The output of a call that has been cut since is not what it was.
+            gone = steps is not None and steps != len(found[layer].functions)
+            found.append(fusion.without_residual() if gone else fusion)
+        return found
+
+    def _grown(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Link | None:
+        """The tensor that goes on by this call, if one does."""
+        for at, tensor in enumerate(args[:2]):
+            link = self._links.get(id(tensor))
+            if link is None or not link.tip:
+                continue
+            if at == 0 and link.fusion.extended(func, args, kwargs):
+                return link
+            if func in ADDITIONS and len(args) == 2 and not kwargs:
+                residual = self._residual(link, args[1 - at])
+                in_place = func in _IN_PLACE and at == 1
+                if residual is not None and not in_place and link.fusion.added(func, residual):
+                    return link
+        return None
+
+    def _residual(self, link: _Link, other: Any) -> Residual | None:
+        """What `other` is, if a layer that has been called can add it to its output."""
+        known = self._known.get(id(other))
+        if known is None or known.version != other._version:
+            return None
+        if other.shape != link.tensor.shape or other.dtype != link.tensor.dtype:
+            return None
+        layer, steps = known.residual
+        before = layer < link.layer or (layer == link.layer and steps is None)
+        return known.residual if before else None
+
+    def _note(self, tensor: Tensor, fusion: Fusion, layer: int, depth: int) -> None:
+        self._links[id(tensor)] = _Link(tensor, fusion, layer, depth)
+        self._know(tensor, Residual(layer, depth))
+
+    def _know(self, tensor: Any, residual: Residual) -> None:
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            self._known[id(tensor)] = _Known(tensor, residual, tensor._version)

@@ -19,10 +19,8 @@ def depends_on_level(x: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(x))
 
 
-def levels_at_once(
-    operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, level: Tensor
-) -> Tensor:
-    """Give ``operation(x [1 or K, ...], level [K])`` what vmap stands for; to vmap what it returns.
+def levels_at_once(operation: Callable[..., Tensor], level: Tensor, *inputs: Tensor) -> Tensor:
+    """Call ``operation(level [K], *inputs [1 or K, ...])`` with what vmap stands for.
 
     Raises
     ------
@@ -34,20 +32,27 @@ def levels_at_once(
     >>> import torch
     >>> from confprune.grid.levels_at_once import levels_at_once
     >>> x, level = torch.ones(2), torch.tensor([3, 5])
-    >>> times = lambda x, level: x * level[:, None]
-    >>> torch.vmap(lambda level: levels_at_once(times, x, level))(level)
+    >>> times = lambda level, x: x * level[:, None]
+    >>> torch.vmap(lambda level: levels_at_once(times, level, x))(level)
     tensor([[3., 3.],
             [5., 5.]])
     """
     if not depends_on_level(level):
-        return operation(x.unsqueeze(0), level.reshape(1)).squeeze(0)
+        return operation(level.reshape(1), *(x.unsqueeze(0) for x in inputs)).squeeze(0)
     depth = _functorch.maybe_get_level(level)
     if _functorch.maybe_current_level() != depth:
         raise NotImplementedError("the model calls torch.vmap around a layer")
-    levels, dimension = _functorch.get_unwrapped(level), None
-    if depends_on_level(x):
-        dimension, x = _functorch.maybe_get_bdim(x), _functorch.get_unwrapped(x)
+    levels = _functorch.get_unwrapped(level)
+    taken_apart = [
+        (_functorch.get_unwrapped(x), _functorch.maybe_get_bdim(x))
+        if depends_on_level(x)
+        else (x, None)
+        for x in inputs
+    ]
     with temporarily_pop_interpreter_stack():
-        x = x.unsqueeze(0) if dimension is None else x.movedim(dimension, 0)
-        y = operation(x, levels)
+        of_levels = (
+            x.unsqueeze(0) if dimension is None else x.movedim(dimension, 0)
+            for x, dimension in taken_apart
+        )
+        y = operation(levels, *of_levels)
     return _functorch._add_batch_dim(y, 0, depth)

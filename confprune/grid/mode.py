@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.grid.attention import attention, multi_head_attention
-from confprune.grid.fusion import LAYER_CALLS, Fusion, fixed_batch_norm
+from confprune.grid.fusion import ADDITIONS, LAYER_CALLS, Fusion, Residual, fixed_batch_norm
 from confprune.grid.levels_at_once import depends_on_level, levels_at_once
 
 _BLOCK = 64  # columns whose inputs stay in the first-level cache
@@ -114,9 +114,13 @@ class GridMode(TorchFunctionMode):
         self.batch_minor = batch_minor
         self.met: set[str] = set()
         self.written = 0
-        self._fusions = iter(fusions)
+        self.residual: Tensor | None = None  # that the call under way adds
+        self._fusions = enumerate(fusions)
         self._fusion = Fusion()  # of the call under way
-        self._done: dict[int, tuple[Tensor, list[Any]]] = {}  # outputs ahead of the model
+        self._layer = -1  # its number
+        self._wanted = {fusion.residual for fusion in fusions}
+        self._residuals: dict[Residual, Tensor] = {}
+        self._done: dict[int, _Done] = {}  # outputs ahead of the model
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -133,7 +137,7 @@ class GridMode(TorchFunctionMode):
         if prunable and torch.is_autocast_enabled(self.level.device.type):
             raise NotImplementedError("torch.autocast chooses other types under vmap than without")
         if prunable and func in LAYER_CALLS:
-            self._fusion = next(self._fusions, Fusion())
+            self._begin(args)
         replacement = _FUSED.get(func) if prunable else _UNDER_VMAP.get(func)
         if replacement is not None:
             result = replacement(self, *args, **kwargs)
@@ -144,11 +148,28 @@ class GridMode(TorchFunctionMode):
         args, kwargs = tree_map(self._masked, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _begin(self, args: Any) -> None:
+        """Find the fusion of a call of a layer, and the residual that it adds."""
+        self._layer, self._fusion = next(self._fusions, (-1, Fusion()))
+        if args:
+            self._keep(Residual(self._layer, None), args[0])
+        self.residual = None
+        if self._fusion.residual is not None:
+            self.residual = self._residuals.pop(self._fusion.residual, None)
+            if self.residual is None:
+                self._fusion = self._fusion.without_residual()
+
+    def _keep(self, residual: Residual, tensor: Tensor) -> None:
+        if residual in self._wanted:
+            self._residuals[residual] = tensor
+
     def fused(self, y: Tensor) -> Tensor:
         """Note that `y` is already what the functions of the call's fusion make of it."""
-        if self._fusion.functions:
-            self._done[id(y)] = (y, list(self._fusion.functions))
-            self._fusion = Fusion()
+        functions = self._fusion.functions
+        self._keep(Residual(self._layer, len(functions)), y)
+        if functions:
+            self._done[id(y)] = _Done(y, functions, self.residual)
+        self._layer, self._fusion, self.residual = -1, Fusion(), None
         return y
 
     def follow(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -169,14 +190,14 @@ class GridMode(TorchFunctionMode):
         if not self._done:
             return None
         for tensor in _tensors(args, kwargs):
-            if id(tensor) in self._done:
-                y, functions = self._done.pop(id(tensor))
-                if func is not functions[0] or tensor is not args[0]:
-                    self._done[id(tensor)] = (y, functions)
+            done = self._done.get(id(tensor))
+            if done is not None:
+                if not done.is_next(func, args):
                     self.finish()
-                if len(functions) > 1:
-                    self._done[id(y)] = (y, functions[1:])
-                return y
+                del self._done[id(tensor)]
+                if len(done.functions) > 1:
+                    self._done[id(tensor)] = done._replace(functions=done.functions[1:])
+                return tensor
         return None
 
     def _is_prunable(self, value: Any) -> bool:
@@ -192,6 +213,22 @@ class GridMode(TorchFunctionMode):
         """The layer of a prunable weight that the grid operators can multiply with `x`."""
         layer = self.layers.get(id(weight))
         return layer if layer is not None and layer.takes(x) else None
+
+
+class _Done(NamedTuple):
+    """An output that is ahead of the model by some functions, one of which may add a residual."""
+
+    output: Tensor
+    functions: Sequence[Any]
+    residual: Tensor | None
+
+    def is_next(self, func: Any, args: Any) -> bool:
+        """Whether this call is the first of the functions."""
+        if func is not self.functions[0]:
+            return False
+        if func in ADDITIONS:
+            return any(a is self.output and b is self.residual for a, b in (args, args[::-1]))
+        return args[0] is self.output
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -228,7 +265,7 @@ def _matrix_product(
     batch_minor = mode.batch_minor and x.ndim == 2
     shift, scale, relu = mode.follow(bias)
 
-    def multiply(x: Tensor, level: Tensor) -> Tensor:
+    def multiply(level: Tensor, x: Tensor) -> Tensor:
         y = torch.ops.confprune.grid_linear(
             x.reshape(len(x), -1, x.shape[-1]),
             shift,
@@ -242,7 +279,7 @@ def _matrix_product(
         )
         return y.reshape(len(level), *x.shape[1:-1], outputs)  # type: ignore[no-any-return]
 
-    return mode.fused(levels_at_once(multiply, x, mode.level))
+    return mode.fused(levels_at_once(multiply, mode.level, x))
 
 
 def _conv(dimensions: int) -> Callable[..., Any]:
@@ -266,9 +303,10 @@ def _conv(dimensions: int) -> Callable[..., Any]:
         batched = input.ndim == dimensions + 2
         shift, scale, relu = mode.follow(bias)
 
-        def convolve(x: Tensor, level: Tensor) -> Tensor:
+        def convolve(level: Tensor, *inputs: Tensor) -> Tensor:
+            x, *residual = inputs if batched else (tensor.unsqueeze(1) for tensor in inputs)
             y = torch.ops.confprune.grid_conv(
-                x if batched else x.unsqueeze(1),
+                x,
                 shift,
                 level,
                 rows,
@@ -281,11 +319,13 @@ def _conv(dimensions: int) -> Callable[..., Any]:
                 groups,
                 scale,
                 relu,
+                *residual,
             )
             y = y if mode.batch_minor else y.contiguous()
             return y if batched else y.squeeze(1)  # type: ignore[no-any-return]
 
-        return mode.fused(levels_at_once(convolve, input, mode.level))
+        inputs = [input] if mode.residual is None else [input, mode.residual]
+        return mode.fused(levels_at_once(convolve, mode.level, *inputs))
 
     return conv
 

@@ -25,6 +25,16 @@ struct Lanes {
       __attribute__((vector_size(CONFPRUNE_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 };
 
+// Calls body with 0, 1, ... N - 1 as constants, so that arrays of vectors it indexes are registers.
+template <class Body, int... I>
+inline void unrolled(Body body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+inline void unrolled(Body body) {
+  unrolled(body, std::make_integer_sequence<int, N>{});
+}
+
 // Where the inputs of a column of the weight are: looked up, or by a stride. A block of columns is
 // `from` its first on, and lies at `origin`.
 struct Lookup {
@@ -71,14 +81,20 @@ struct Tile {
   int64_t row_stride;
 };
 
-// What follows the sum of a row.
+// What follows the sum of a row, at the k-th level.
 template <class T>
 struct Finish {
-  explicit Finish(const GridProduct& product)
+  Finish(const GridProduct& product, int64_t k)
       : scale(static_cast<const T*>(product.scale)),
         shift(static_cast<const T*>(product.shift)),
-        floor(product.relu ? T(0) : -std::numeric_limits<T>::infinity()) {}
+        floor(product.relu ? T(0) : -std::numeric_limits<T>::infinity()) {
+    if (product.residual.data == nullptr)
+      return;
+    outputs = static_cast<const T*>(product.y.data) + k * product.y.level_stride;
+    residual = static_cast<const T*>(product.residual.data) + k * product.residual.level_stride;
+  }
 
+  // Where there is a residual, `place` is among the outputs.
   template <int V>
   void write(const typename Lanes<T>::Vector (&sum)[V], int64_t row, T* place) const {
     using L = Lanes<T>;
@@ -86,27 +102,39 @@ struct Finish {
     const T start = shift == nullptr ? T(0) : shift[row];
     const typename L::Vector least = floor - typename L::Vector{};
     for (int v = 0; v < V; ++v) {
-      const typename L::Vector y = sum[v] * factor + start;
+      typename L::Vector y = sum[v] * factor + start;
+      T* const to = place + v * L::kWidth;
+      if (residual != nullptr)
+        y += *reinterpret_cast<const typename L::Unaligned*>(residual + (to - outputs));
       // This way round NaN stays.
-      *reinterpret_cast<typename L::Unaligned*>(place + v * L::kWidth) = y < least ? least : y;
+      *reinterpret_cast<typename L::Unaligned*>(to) = y < least ? least : y;
     }
+  }
+
+  void prefetch(const T* place) const {
+    __builtin_prefetch(place, 1);
+    if (residual != nullptr)
+      __builtin_prefetch(residual + (place - outputs));
   }
 
   const T* scale;
   const T* shift;
   T floor;
+  const T* outputs = nullptr;
+  const T* residual = nullptr;
 };
 
 // out[row - row_begin, lanes] = the products of rows [row_begin, row_end) at one level; `partial`
 // holds the sums over the blocks before the last. The additions stand in the order of shared_tile,
 // so that a level does not depend on those asked for with it.
 template <class T, int V, class Place>
-void level_tile(const GridDetails& d, Place places, int64_t level, int64_t row_begin,
-                int64_t row_end, const T* x, T* partial, Tile<T> out) {
+void level_tile(const GridDetails& d, Place places, int64_t k, int64_t row_begin, int64_t row_end,
+                const T* x, T* partial, Tile<T> out) {
   using L = Lanes<T>;
   const PrefixRows& rows = d.product.rows;
   const T* values = static_cast<const T*>(rows.values);
-  const Finish<T> finish(d.product);
+  const Finish<T> finish(d.product, k);
+  const int64_t level = d.product.levels[k];
   const int64_t groups = d.product.convolution.groups, rows_per_group = rows.rows / groups;
   const int64_t group_size = d.product.convolution.channels / groups * d.packed.channel_size;
   for (int64_t block = 0; block < rows.blocks; ++block) {
@@ -145,7 +173,7 @@ void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const
   const GridProduct& product = d.product;
   const PrefixRows& rows = product.rows;
   const T* values = static_cast<const T*>(rows.values);
-  const Finish<T> finish(product);
+  const Finish<T> finish(product, 0);
   const int64_t rows_per_group = rows.rows / product.convolution.groups;
   const int64_t group_size =
       product.convolution.channels / product.convolution.groups * d.packed.channel_size;
@@ -275,20 +303,20 @@ void pack_transposed(const Input* x, int64_t batch_stride, int64_t channel_strid
   }
 }
 
-// One line of a plane, positions [begin, end) of its last dimension, into [position, chunk].
+// One line of a plane, positions [begin, end) of its last dimension, into [position, chunk]; the
+// line that is packed soon lies `ahead`.
 template <class T, class Input>
 void pack_line(const Input* line, int64_t position_stride, int64_t batch_stride, int64_t count,
-               int64_t begin, int64_t end, int64_t step, int64_t chunk, T* out) {
+               int64_t begin, int64_t end, int64_t step, int64_t chunk, int64_t ahead, T* out) {
   if constexpr (std::is_same<T, Input>::value)
     if (batch_stride == 1 && count == chunk && chunk % Lanes<T>::kWidth == 0) {
-      if (step == 1 && position_stride == chunk)
-        std::memcpy(out, line + begin * chunk, size_t((end - begin) * chunk) * sizeof(T));
-      else
-        for (int64_t at = begin; at < end; at += step)
-          for (int64_t b = 0; b < chunk; b += Lanes<T>::kWidth, out += Lanes<T>::kWidth)
-            *reinterpret_cast<typename Lanes<T>::Unaligned*>(out) =
-                *reinterpret_cast<const typename Lanes<T>::Unaligned*>(line + at * position_stride +
-                                                                       b);
+      for (int64_t at = begin; at < end; at += step)
+        for (int64_t b = 0; b < chunk; b += Lanes<T>::kWidth, out += Lanes<T>::kWidth) {
+          const T* from = line + at * position_stride + b;
+          __builtin_prefetch(from + ahead);
+          *reinterpret_cast<typename Lanes<T>::Unaligned*>(out) =
+              *reinterpret_cast<const typename Lanes<T>::Unaligned*>(from);
+        }
       return;
     }
   for (int64_t at = begin; at < end; at += step, out += chunk) {
@@ -327,7 +355,8 @@ void pack_phase(const GridDetails& d, const Input* channel, int64_t count, int64
       std::fill(out, out + begin * p.chunk, T(0));
       pack_line(channel + a0 * layout.position_strides[0] + a1 * layout.position_strides[1],
                 layout.position_strides[2], layout.batch_stride, count, begin * step + shift,
-                (end - 1) * step + shift + 1, step, p.chunk, out + begin * p.chunk);
+                (end - 1) * step + shift + 1, step, p.chunk, layout.channel_stride,
+                out + begin * p.chunk);
       std::fill(out + end * p.chunk, stop, T(0));
       finite.look(out, p.extent[2] * p.chunk);
     }
@@ -443,13 +472,12 @@ void multiply_lines(const GridDetails& d, int64_t k, int64_t line_begin, int64_t
           const Tile<T> to =
               direct ? Tile<T>{lines + row_begin * stride, stride} : Tile<T>{tile, L::kTile};
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
-            const int64_t level = product.levels[k];
             if (d.packed.stride > 0)
-              level_tile<T, V()>(d, Strided{d.packed.stride}, level, row_begin, row_end, input,
-                                 tile, to);
+              level_tile<T, V()>(d, Strided{d.packed.stride}, k, row_begin, row_end, input, tile,
+                                 to);
             else
-              level_tile<T, V()>(d, Lookup{d.packed.offsets.data()}, level, row_begin, row_end,
-                                 input, tile, to);
+              level_tile<T, V()>(d, Lookup{d.packed.offsets.data()}, k, row_begin, row_end, input,
+                                 tile, to);
           });
           if (!direct)
             store(d, tile, row_end - row_begin, out + row_begin * stride, lane, lanes, count);
@@ -521,7 +549,7 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   T* const space = static_cast<T*>(scratch);
   if constexpr (std::is_same<T, float>::value)
     if (!d.winograd.levels.empty() && d.winograd.levels[k])
-      return run_winograd(d, product.levels[k], row_begin, row_end, begin, end, x, space, y);
+      return run_winograd(d, k, row_begin, row_end, begin, end, x, space, y);
   for (int64_t part = begin; part < end; ++part)
     run_part(d, k, part, row_begin, row_end, x, space, y);
 }

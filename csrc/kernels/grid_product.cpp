@@ -144,6 +144,17 @@ bool is_packed(const GridProduct& product, int64_t lanes) {
              std::numeric_limits<int32_t>::max() / std::max<int64_t>(1, product.rows.row_size);
 }
 
+// Whether outputs are written a whole vector at a time, where the residual can be read the same
+// way.
+bool adds_residual(const GridProduct& product, int64_t chunk) {
+  const Activation &y = product.y, &residual = product.residual;
+  const Element compute = product.wide ? Element::float64 : Element::float32;
+  return !product.shared && chunk == kConvolutionChunk && product.batch == chunk &&
+         y.element == compute && y.batch_stride == 1 && y.position_strides[kSpatial - 1] == chunk &&
+         residual.batch_stride == y.batch_stride && residual.channel_stride == y.channel_stride &&
+         std::equal(y.position_strides, y.position_strides + kSpatial, residual.position_strides);
+}
+
 }  // namespace
 
 struct GridPlan::Details : GridDetails {};
@@ -166,6 +177,11 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   }
   if (chunk > 1)
     d.packed = pack_layout(product, chunk);
+  d.leaves_residual = product.residual.data != nullptr && !adds_residual(product, chunk);
+  if (d.leaves_residual) {
+    d.product.residual.data = nullptr;
+    d.product.relu = false;
+  }
   d.in_place = linear && is_packed(product, d.lanes);
   if (d.in_place) {
     d.packed.channel_size = d.packed.stride = product.x.channel_stride;
@@ -212,6 +228,10 @@ int64_t GridPlan::scratch_bytes() const {
                               std::max(products, d.product.rows.row_size * kMostRows));
   }
   return (input + 16 + work) * size + 64;
+}
+
+bool GridPlan::leaves_residual() const {
+  return details_->leaves_residual;
 }
 
 void GridPlan::run(int64_t task, void* scratch) const {

@@ -1,6 +1,6 @@
 // The masked product of one layer at many levels, and the simple steps that follow a layer:
 //
-//   y[k] = max(floor, scale · conv(x[k], W ⊙ (levels > level[k])) + shift)
+//   y[k] = max(floor, scale · conv(x[k], W ⊙ (levels > level[k])) + shift + residual[k])
 //
 // A linear layer is the convolution with one position. The batch stands in the vector lanes: inputs
 // are packed as [channel, position, batch], so that a weight meets 16 or more examples (or
@@ -50,6 +50,7 @@ struct GridProduct {
   Activation y;
   const void* scale;          // [rows] float, or double for float64 weights; null: 1
   const void* shift;          // the same; null: 0
+  Activation residual;        // like y, or one for all levels; without data: 0
   bool relu;                  // whether the floor is 0
   const int64_t* levels;      // [K] grid levels, increasing
   int64_t num_levels;         // K
@@ -71,6 +72,8 @@ class GridPlan {
   int64_t tasks() const;
   int64_t scratch_bytes() const;  // that `run` needs, 64-byte aligned
   void run(int64_t task, void* scratch) const;
+  // Whether the residual, and the ReLU after it, are left to the caller.
+  bool leaves_residual() const;
 
  private:
   struct Details;

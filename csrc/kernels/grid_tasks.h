@@ -33,7 +33,8 @@ struct GridDetails {
   GridProduct product;
   PackedInput packed;
   Winograd winograd;
-  bool in_place;        // x needs no packing
+  bool in_place;  // x needs no packing
+  bool leaves_residual;
   int64_t bands;        // of the output lines
   int64_t parts;        // chunks of the batch, times bands
   int64_t part_groups;  // tasks along the parts

@@ -110,54 +110,76 @@ struct Image {
   int64_t begin[2], end[2];
 };
 
+// The inputs of a tile, from its first on; those outside of [first, last) are padding.
+struct TileInputs {
+  const float* corner;
+  int first[2], last[2];
+  bool whole;
+};
+
+TileInputs tile_inputs(const GridDetails& d, const Image& image, int64_t tile) {
+  const int64_t at[2] = {tile / d.winograd.tiles[1] * kOutputSide,
+                         tile % d.winograd.tiles[1] * kOutputSide};
+  TileInputs inputs;
+  inputs.corner = image.data + (at[0] - image.begin[0]) * image.strides[0] +
+                  (at[1] - image.begin[1]) * image.strides[1];
+  inputs.whole = true;
+  for (int i = 0; i < 2; ++i) {
+    inputs.first[i] = int(std::max<int64_t>(0, image.begin[i] - at[i]));
+    inputs.last[i] = int(std::min<int64_t>(kSide, image.end[i] - at[i]));
+    inputs.whole = inputs.whole && inputs.first[i] == 0 && inputs.last[i] == kSide;
+  }
+  return inputs;
+}
+
+// One vector of examples of a tile of a channel, to [point].
+template <bool whole>
+inline void transform_inputs(const TileInputs& tile, const float* from, const Image& image,
+                             int64_t ahead, float* to, Finite<float>& finite) {
+  using L = Lanes<float>;
+  typename L::Vector columns[kSide][kSide];
+  unrolled<kSide>([&](auto c) {
+    typename L::Vector x[kSide];
+    const bool column_inside = c >= tile.first[1] && c < tile.last[1];
+    unrolled<kSide>([&](auto r) {
+      const float* at = from + r * image.strides[0] + c * image.strides[1];
+      __builtin_prefetch(at + ahead);
+      x[r] = whole || (column_inside && r >= tile.first[0] && r < tile.last[0])
+                 ? load(at)
+                 : typename L::Vector{};
+    });
+    input_transform(x, columns[c]);
+  });
+  unrolled<kSide>([&](auto r) {
+    typename L::Vector x[kSide], points[kSide];
+    unrolled<kSide>([&](auto c) { x[c] = columns[c][r]; });
+    input_transform(x, points);
+    unrolled<kSide>([&](auto c) {
+      *reinterpret_cast<typename L::Unaligned*>(to + (r * kSide + c) * L::kWidth) = points[c];
+    });
+    if (r == 0 || r == 1 || r == 5)  // each input is part of one of these points
+      finite.look(points[0] + points[1] + points[5]);
+  });
+}
+
 // Tiles [begin, end) of an image, to [channel, tile, vector of examples, point].
 void winograd_input(const GridDetails& d, const Image& image, int64_t begin, int64_t end,
                     float* out, Finite<float>& finite) {
   using L = Lanes<float>;
   const int64_t channels = d.product.convolution.channels, chunk = d.packed.chunk;
-  const int64_t channel_size = (end - begin) * chunk * kPointRoom;
-  for (int64_t tile = begin; tile < end; ++tile, out += chunk * kPointRoom) {
-    const int64_t at[2] = {tile / d.winograd.tiles[1] * kOutputSide,
-                           tile % d.winograd.tiles[1] * kOutputSide};
-    int first[2], last[2];  // of the tile, in the image
-    bool inside = true;
-    for (int i = 0; i < 2; ++i) {
-      first[i] = int(std::max<int64_t>(0, image.begin[i] - at[i]));
-      last[i] = int(std::min<int64_t>(kSide, image.end[i] - at[i]));
-      inside = inside && first[i] == 0 && last[i] == kSide;
+  TileInputs tiles[8];
+  for (int64_t tile = begin; tile < end; ++tile)
+    tiles[tile - begin] = tile_inputs(d, image, tile);
+  for (int64_t channel = 0; channel < channels; ++channel)
+    for (int64_t t = 0; t < end - begin; ++t) {
+      const TileInputs& tile = tiles[t];
+      const float* from = tile.corner + channel * image.channel_stride;
+      for (int64_t b = 0; b < chunk; b += L::kWidth, out += L::kWidth * kPointRoom)
+        if (tile.whole)
+          transform_inputs<true>(tile, from + b, image, image.channel_stride, out, finite);
+        else
+          transform_inputs<false>(tile, from + b, image, image.channel_stride, out, finite);
     }
-    const float* corner = image.data + (at[0] - image.begin[0]) * image.strides[0] +
-                          (at[1] - image.begin[1]) * image.strides[1];
-    const auto transform = [&](auto whole) {
-      for (int64_t channel = 0; channel < channels; ++channel)
-        for (int64_t b = 0; b < chunk; b += L::kWidth) {
-          const float* from = corner + channel * image.channel_stride + b;
-          float* to = out + channel * channel_size + b * kPointRoom;
-          typename L::Vector x[kSide], columns[kSide][kSide], points[kSide];
-          for (int c = 0; c < kSide; ++c) {
-            for (int r = 0; r < kSide; ++r)
-              x[r] = whole() || (r >= first[0] && r < last[0] && c >= first[1] && c < last[1])
-                         ? load(from + r * image.strides[0] + c * image.strides[1])
-                         : typename L::Vector{};
-            input_transform(x, columns[c]);
-          }
-          for (int r = 0; r < kSide; ++r) {
-            for (int c = 0; c < kSide; ++c)
-              x[c] = columns[c][r];
-            input_transform(x, points);
-            for (int c = 0; c < kSide; ++c)
-              *reinterpret_cast<typename L::Unaligned*>(to + (r * kSide + c) * L::kWidth) =
-                  points[c];
-            if (r == 0 || r == 1 || r == 5)  // each input is part of one of these points
-              finite.look(points[0] + points[1] + points[5]);
-          }
-        }
-    };
-    if (inside)
-      transform(std::true_type{});
-    else
-      transform(std::false_type{});
-  }
 }
 
 // One point's sums [kDenseRows, V vectors] of weights [depth, kDenseRows] and x [depth, .., point];
@@ -166,23 +188,39 @@ template <int V>
 void dense_tile(const float* weights, const float* x, int64_t depth, int64_t stride, float* out) {
   using L = Lanes<float>;
   constexpr int64_t kNext = L::kWidth * kPointRoom;
-  typename L::Vector sum[kDenseRows][V];
-  for (int v = 0; v < V; ++v)
-    for (int r = 0; r < kDenseRows; ++r)
-      sum[r][v] = weights[r] * load(x + v * kNext);
+  typename L::Vector sum[kDenseRows][V], input[V];
+  unrolled<V>([&](auto v) { input[v] = load(x + v * kNext); });
+  unrolled<kDenseRows>(
+      [&](auto r) { unrolled<V>([&](auto v) { sum[r][v] = weights[r] * input[v]; }); });
   for (int64_t i = 1; i < depth; ++i) {
     x += stride;
     weights += kDenseRows;
-    typename L::Vector input[V];
-    for (int v = 0; v < V; ++v)
-      input[v] = load(x + v * kNext);
-    for (int r = 0; r < kDenseRows; ++r)
-      for (int v = 0; v < V; ++v)
-        sum[r][v] += weights[r] * input[v];
+    unrolled<V>([&](auto v) { input[v] = load(x + v * kNext); });
+    unrolled<kDenseRows>(
+        [&](auto r) { unrolled<V>([&](auto v) { sum[r][v] += weights[r] * input[v]; }); });
   }
-  for (int r = 0; r < kDenseRows; ++r)
-    for (int v = 0; v < V; ++v)
+  unrolled<kDenseRows>([&](auto r) {
+    unrolled<V>([&](auto v) {
       *reinterpret_cast<typename L::Unaligned*>(out + r * stride + v * kNext) = sum[r][v];
+    });
+  });
+}
+
+// The outputs of a tile of one vector of examples, from their products [point].
+inline void transform_outputs(const float* products,
+                              typename Lanes<float>::Vector (&sums)[kOutputSide][kOutputSide]) {
+  using L = Lanes<float>;
+  typename L::Vector half[kSide][kOutputSide];
+  unrolled<kSide>([&](auto column) {
+    typename L::Vector m[kSide];
+    unrolled<kSide>([&](auto r) { m[r] = load(products + (r * kSide + column) * L::kWidth); });
+    output_transform(m, half[column]);
+  });
+  unrolled<kOutputSide>([&](auto r) {
+    typename L::Vector m[kSide];
+    unrolled<kSide>([&](auto column) { m[column] = half[column][r]; });
+    output_transform(m, sums[r]);
+  });
 }
 
 // Tiles [begin, end) of one output row, from their products [tile, vector of examples, point].
@@ -193,6 +231,7 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
   const Convolution& c = d.product.convolution;
   const Activation& layout = d.product.y;
   const bool direct = std::is_same<Output, float>::value && layout.batch_stride == 1;
+  const int64_t ahead = layout.channel_stride;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t line = tile / d.winograd.tiles[1] * kOutputSide;
     const int64_t position = tile % d.winograd.tiles[1] * kOutputSide;
@@ -202,23 +241,18 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
     Output* const corner =
         y + line * layout.position_strides[1] + position * layout.position_strides[2];
     for (int64_t b = 0; b < d.packed.chunk; b += L::kWidth, products += L::kWidth * kPointRoom) {
-      typename L::Vector m[kSide], half[kSide][kOutputSide], sums[kOutputSide];
-      for (int column = 0; column < kSide; ++column) {
-        for (int r = 0; r < kSide; ++r)
-          m[r] = load(products + (r * kSide + column) * L::kWidth);
-        output_transform(m, half[column]);
-      }
       const int64_t valid = std::min<int64_t>(L::kWidth, count - b);
-      for (int r = 0; r < kOutputSide; ++r) {
-        for (int column = 0; column < kSide; ++column)
-          m[column] = half[column][r];
-        output_transform(m, sums);
-        for (int p = 0; p < kOutputSide; ++p) {
+      typename L::Vector sums[kOutputSide][kOutputSide];
+      transform_outputs(products, sums);
+      unrolled<kOutputSide>([&](auto r) {
+        unrolled<kOutputSide>([&](auto p) {
           if (r >= lines || p >= positions)
-            continue;
-          const typename L::Vector sum[1] = {sums[p]};
+            return;
+          const typename L::Vector sum[1] = {sums[r][p]};
           Output* to = corner + r * layout.position_strides[1] + p * layout.position_strides[2] +
                        b * layout.batch_stride;
+          if (direct)
+            finish.prefetch(reinterpret_cast<const float*>(to + ahead));
           if (direct && valid == L::kWidth) {
             finish.write(sum, row, reinterpret_cast<float*>(to));
           } else {
@@ -227,8 +261,8 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
             for (int64_t i = 0; i < valid; ++i)
               narrow(values[i], to + i * layout.batch_stride);
           }
-        }
-      }
+        });
+      });
     }
   }
 }
@@ -253,20 +287,20 @@ Image image_of(const GridDetails& d, const Input* x, int64_t count, float* scrat
   for (int64_t channel = 0; channel < c.channels; ++channel)
     for (int64_t line = 0; line < c.input[1]; ++line, scratch += c.input[2] * chunk)
       pack_line(x + channel * layout.channel_stride + line * layout.position_strides[1],
-                layout.position_strides[2], layout.batch_stride, count, 0, c.input[2], 1, chunk,
+                layout.position_strides[2], layout.batch_stride, count, 0, c.input[2], 1, chunk, 0,
                 scratch);
   return image;
 }
 
-// Parts [part_begin, part_end) of the outputs at a level by minimal filtering, rows [row_begin,
-// row_end). A part has its share of the tiles, which need not be where its lines are.
+// Parts [part_begin, part_end) of the outputs at the k-th level by minimal filtering, rows
+// [row_begin, row_end). A part has its share of the tiles, which need not be where its lines are.
 template <class InOut>
-void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_t row_end,
+void run_winograd(const GridDetails& d, int64_t k, int64_t row_begin, int64_t row_end,
                   int64_t part_begin, int64_t part_end, const InOut* x, float* scratch, InOut* y) {
   using L = Lanes<float>;
   const GridProduct& product = d.product;
   const Convolution& c = product.convolution;
-  const Finish<float> finish(product);
+  const Finish<float> finish(product, k);
   Finite<float> finite;
   const int64_t chunk = d.packed.chunk, channels = c.channels;
   const int64_t groups = (row_end - row_begin + kDenseRows - 1) / kDenseRows;
@@ -276,7 +310,7 @@ void run_winograd(const GridDetails& d, int64_t level, int64_t row_begin, int64_
   float* inputs = weights + kPoints * weight_size;
   float* products = inputs + kPointRoom * channels * most_lanes;
   // The products are not there yet when a few rows of weights are laid out.
-  winograd_weights(d, level, row_begin, row_end, products, weight_size, weights);
+  winograd_weights(d, product.levels[k], row_begin, row_end, products, weight_size, weights);
   const int64_t tiles = d.winograd.tiles[0] * d.winograd.tiles[1];
   for (int64_t part = part_begin; part < part_end;) {
     // The parts of one chunk of examples together.
