@@ -5,6 +5,7 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 ``magnitude_histogram``  adds the counts of one digit of every score's key
 ``magnitude_collect``    the keys in narrow brackets around the cuts, and the number under each
 ``assign_levels``        prune levels from thresholds and ties
+``cut_weights``          weights masked by a cut, and where those near it are
 ``prefix_rows``          a weight matrix with each row ordered by prune level
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
@@ -78,6 +79,18 @@ def _(
 ) -> Tensor:
     dtype = torch.uint8 if ties.numel() <= 255 else torch.int16
     return torch.empty(scores.shape, dtype=dtype, device=scores.device)
+
+
+@torch.library.register_fake("confprune::cut_weights")  # type: ignore[untyped-decorator]
+def _(
+    weights: Tensor,
+    surely_pruned: int,
+    pruned: int,
+    unsure: int,
+    out: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    return weights.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
 
 
 @torch.library.register_fake("confprune::prefix_rows")  # type: ignore[untyped-decorator]

@@ -26,6 +26,7 @@ from confprune.sparse import (
     load_sparse,
     save_sparse,
 )
+from confprune.sparse import file as sparse_file
 
 
 def network(classes: int = 4) -> nn.Module:
@@ -86,12 +87,28 @@ class TestFiles:
         assert not any(parameter.requires_grad for parameter in again.parameters())
         assert repr(again) == repr(compressed)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
-    def test_the_file_is_in_proportion_to_the_survivors(self, tmp_path, sparsity):
-        model = pruned(nn.Sequential(nn.Linear(1024, 512, bias=False)), sparsity)
+    def test_the_file_is_in_proportion_to_the_survivors(self, tmp_path, sparsity, dtype):
+        model = pruned(nn.Linear(1024, 1024, bias=False), sparsity).to(dtype)
         save_sparse(small(model), tmp_path / "small.safetensors")
         size = (tmp_path / "small.safetensors").stat().st_size
-        assert size <= 1.6 * (1 - sparsity) * 1024 * 512 * 4
+        assert size <= 1.6 * (1 - sparsity) * 1024 * 1024 * dtype.itemsize
+
+    @pytest.mark.parametrize("stored", [torch.int32, torch.int64])
+    def test_offsets_are_stored_in_32_bits_where_they_fit(self, tmp_path, monkeypatch, stored):
+        if stored == torch.int64:
+            monkeypatch.setattr(sparse_file, "_narrow", lambda offsets: offsets)
+        model = small(pruned(network()))
+        save_sparse(model, tmp_path / "small.safetensors")
+        assert load_file(tmp_path / "small.safetensors")["3.cells"].dtype == stored
+        again = load_sparse(tmp_path / "small.safetensors", network(), kernel="sparse")
+        assert torch.equal(again.state_dict()["3.cells"], model.state_dict()["3.cells"])
+
+    def test_offsets_too_large_for_32_bits_keep_64(self):
+        offsets = torch.tensor([[0, 0], [2**31 - 1, 5]])
+        assert sparse_file._narrow(offsets).dtype == torch.int32
+        assert sparse_file._narrow(offsets + 1).dtype == torch.int64
 
     def test_pruned_tensors_that_stay_dense_are_stored_as_bitmaps(self, tmp_path):
         model = confprune.prune_levels(

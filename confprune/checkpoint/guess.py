@@ -1,83 +1,96 @@
-"""A single cut found in one read of the weights, where a sample tells about where it lies.
+"""About where a cut lies, told by a sample of the weights.
 
-A histogram finds the bin of a cut in one read, and the cut in a second. Files are read slowly, so
-for one sparsity the bin is guessed from some thousand pieces of the weights instead. The read that
-follows counts what lies below the guess and collects what lies in it: where the cut is not there,
-that is noticed, and nothing is lost but the read.
+Weights are pruned in the order of their keys, then of their places. So a cut is a point in that
+order, and two points of the sample are around it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from confprune.checkpoint.weights import StoredWeights
-from confprune.selection import MANTISSA, Cuts, collect_keys, infinity_key
+from confprune.checkpoint.weights import Bits, Sample, StoredWeights
+from confprune.selection import Cuts, infinity_key, select
 
-_DEVIATIONS = 8  # half the width of a guess, in standard deviations of the sample's rank
-_MOST = 1 << 23  # keys that are collected
+_DEVIATIONS = 6  # half the width of a bracket, in standard deviations of the sample's rank
 _LEAST = 1 << 22  # weights of a file that a sample is worth while for
+_PIECES = 1 << 10  # of the sample that tell of its deviation
 
 
-def select_one(weights: StoredWeights, count: int, key: torch.dtype) -> Cuts | None:
-    """The cut that prunes the `count` smallest weights; None where the guess was wrong.
+class Point(NamedTuple):
+    """A point in the order of pruning, just in front of a key and place."""
 
-    Nothing is guessed where one read is enough anyway, or the weights are few or of several types.
+    key: int
+    place: int
+
+    def last_key(self, place: int) -> int:
+        """The largest key that is in front of the point at this place."""
+        return self.key if place < self.place else self.key - 1
+
+
+class Bracket(NamedTuple):
+    """Two points that the cut should lie between, and where it most likely is."""
+
+    low: Point
+    cut: Point
+    high: Point
+
+
+def guess(weights: StoredWeights, count: int, key: torch.dtype, most: int) -> Bracket | None:
+    """Where the cut lies that prunes the `count` smallest weights.
+
+    None if the bracket would hold more than `most` weights, or the weights are few or of several
+    types.
 
     Raises
     ------
     ValueError
-        If a weight is NaN.
+        If a weight of the sample is NaN.
     """
     total = weights.total
-    if key.itemsize < 4 or total < _LEAST or not 0 < count <= total:
-        return None
-    sample = weights.sample(key)
+    sample = weights.sample(key) if total >= _LEAST else None
     if sample is None:
         return None
-    infinity = infinity_key(key)
-    low, high, share = _guess(sample & np.iinfo(sample.dtype).max, count / total)
-    if high >= infinity or share * total > _MOST / 2:
+    share = count / total
+    margin = _margin(sample, share, key)
+    if 2 * margin * total > most:
         return None
-    # All exponents up to that of the guess, so that everything below it is counted; and the last,
-    # which is that of NaN.
-    first, last = low >> MANTISSA[key], high >> MANTISSA[key]
-    prefixes = np.append(np.arange(last + 1), infinity >> MANTISSA[key])
-    starts = prefixes << MANTISSA[key]
-    ends = starts + (1 << MANTISSA[key]) - 1
-    lows, highs = ends + 1, ends.copy()
-    lows[first : last + 1] = np.maximum(starts[first : last + 1], low)
-    highs[last] = high
-    lows[-1] = infinity + 1
-    below = np.zeros(len(prefixes), dtype=np.int64)
-    keys = np.sort(collect_keys(weights, key, prefixes, MANTISSA[key], lows, highs, _MOST, below))
-    if len(keys) > _MOST:
-        return None
-    if len(keys) and keys[-1] > infinity:
-        raise ValueError("a weight is NaN")
-    at = count - int(below[:-1].sum()) - 1
-    if not 0 <= at < len(keys):
-        return None
-    cut = keys[at]
-    left, right = np.searchsorted(keys, cut), np.searchsorted(keys, cut, "right")
-    return Cuts(key, *(np.array([n]) for n in (count, cut, at + 1 - left, right - left)))
+    size = sample.keys.size
+    ends = np.array([share - margin, share, share + margin])
+    ranks = np.clip(np.round(size * ends), 0, size).astype(np.int64)
+    return Bracket(*_points(sample, ranks, key))
 
 
-def _guess(pieces: NDArray[np.signedinteger[Any]], share: float) -> tuple[int, int, float]:
-    """The keys between which the cut should lie, and the share of all keys that does.
-
-    From keys [pieces, piece].
-    """
-    ordered = np.sort(pieces, axis=None)
-    size = len(ordered)
-    middle = ordered[min(size - 1, int(share * size))]
+def _margin(sample: Sample, share: float, key: torch.dtype) -> float:
+    """How far the share of the sample in front of the cut may be from that of all weights."""
+    some = sample.keys[:: max(1, len(sample.keys) // _PIECES)]
+    cut = _cuts(some, np.array([round(share * some.size)]), key).keys[0]
     # Neighbours resemble each other: the pieces are the sample, not their weights.
-    shares = (pieces <= middle).mean(axis=1)
-    margin = _DEVIATIONS * (shares.std() / np.sqrt(len(pieces)) + 1 / size)
-    places = np.array([share - margin, share + margin]) * size
-    low, high = np.clip(places, 0, size - 1).astype(np.int64)
-    top = int(ordered[high]) if places[1] < size - 1 else int(np.iinfo(ordered.dtype).max)
-    return int(ordered[low]) if places[0] > 0 else 0, top, 2 * float(margin)
+    deviation = np.mean(some <= cut, axis=1).std() / np.sqrt(len(sample.keys))
+    return float(_DEVIATIONS * deviation + 1 / len(sample.keys))
+
+
+def _points(sample: Sample, ranks: NDArray[np.int64], key: torch.dtype) -> list[Point]:
+    """The points just behind the weights of these ranks in the sample, from 1.
+
+    That of rank 0 is in front of all weights, that of the last behind all.
+    """
+    cuts = _cuts(sample.keys, ranks, key)
+    points = []
+    for rank, cut, ties in zip(*(a.tolist() for a in (ranks, cuts.keys, cuts.ties)), strict=True):
+        if rank == 0:
+            points.append(Point(0, 0))
+        elif rank == sample.keys.size:
+            points.append(Point(infinity_key(key) + 1, 0))
+        else:
+            last = int(np.flatnonzero(sample.keys == cut)[ties - 1])
+            piece, at = divmod(last, sample.keys.shape[1])
+            points.append(Point(cut, int(sample.places[piece]) + at + 1))
+    return points
+
+
+def _cuts(keys: Bits, counts: NDArray[np.int64], key: torch.dtype) -> Cuts:
+    return select({"sample": torch.from_numpy(keys).view(key)}, counts.tolist())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
 from confprune.checkpoint.reading import Buffers, Bytes
+from confprune.checkpoint.weights import Bits, bits_of
 from confprune.levels import PruneLevels
 from confprune.selection import Cuts
-
-Bits = NDArray[Any]
-"""Floats as the signed integers of their size."""
 
 
 class Masks(Protocol):
@@ -53,11 +52,10 @@ class MasksFromCuts:
         self, tensor: StoredTensor, start: int, block: Bytes, buffers: Buffers
     ) -> Iterator[Bits]:
         """See `Masks`."""
-        dtype = PRUNABLE_DTYPES[tensor.dtype]
-        weights = _bits(block, dtype)
+        weights = bits_of(block, tensor.dtype)
         for level in self._levels:
-            out = _bits(buffers.take(len(block)), dtype)
-            level.mask(weights, dtype, out)
+            out = bits_of(buffers.take(len(block)), tensor.dtype)
+            level.mask(weights, tensor.dtype, out)
             yield out
 
 
@@ -72,12 +70,11 @@ class MasksFromLevels:
         self, tensor: StoredTensor, start: int, block: Bytes, buffers: Buffers
     ) -> Iterator[Bits]:
         """See `Masks`."""
-        dtype = PRUNABLE_DTYPES[tensor.dtype]
-        weights = _bits(block, dtype)
-        first = start // dtype.itemsize
+        weights = bits_of(block, tensor.dtype)
+        first = start // weights.itemsize
         levels = self._levels[tensor.name][first : first + len(weights)]
         for j in range(self._size):
-            out = _bits(buffers.take(len(block)), dtype)
+            out = bits_of(buffers.take(len(block)), tensor.dtype)
             np.copyto(out, weights)
             np.copyto(out, 0, where=levels <= j)
             yield out
@@ -91,30 +88,37 @@ class _Cut:
         self._ties = ties
         self._whole = whole
 
-    def mask(self, weights: Bits, dtype: torch.dtype, out: Bits) -> None:
-        last, exact = _last_key(self._threshold, dtype)
+    def mask(self, weights: Bits, dtype: str, out: Bits) -> None:
+        last, exact = _last_key(self._threshold, PRUNABLE_DTYPES[dtype])
         straddled = exact and not self._whole
         if straddled and self._ties == 0:
             last, straddled = last - 1, False
-        np.bitwise_and(weights, np.iinfo(out.dtype).max, out=out)
-        distance = np.subtract(last, out, out=out)
-        late = self._late_ties(distance) if straddled else None
-        # All ones where the key is larger: a product would make NaN of infinity, and keep -0.
-        survives = np.right_shift(distance, 8 * out.itemsize - 1, out=out)
-        np.bitwise_and(weights, survives, out=out)
-        if late is not None:
+        equal = cut_weights(weights, dtype, (last - straddled, last, last), out)
+        if straddled:
+            late = equal[self._ties :]
             out[late] = weights[late]
-
-    def _late_ties(self, distance: Bits) -> NDArray[np.intp] | None:
-        """Where the weights at the threshold come too late to be pruned."""
-        equal = distance.size - int(np.count_nonzero(distance))
-        late = np.flatnonzero(distance == 0)[self._ties :] if equal > self._ties else None
-        self._ties -= min(equal, self._ties)
-        return late
+            self._ties -= min(len(equal), self._ties)
 
 
-def _bits(block: Bytes, dtype: torch.dtype) -> Bits:
-    return block.view(f"i{dtype.itemsize}")
+def cut_weights(
+    weights: Bits,
+    dtype: str,
+    last_keys: Sequence[int],
+    out: Bits,
+    counts: Tensor | None = None,
+) -> NDArray[np.int32]:
+    """Write weights to `out`, with zero for those up to the second of three increasing keys.
+
+    Returns
+    -------
+    [n] int32
+        The places of those above the first key and up to the last. To `counts` goes how many are
+        up to the first, and how many are NaN.
+    """
+    of, to = (torch.from_numpy(bits).view(PRUNABLE_DTYPES[dtype]) for bits in (weights, out))
+    counts = torch.zeros(2, dtype=torch.int64) if counts is None else counts
+    places: Tensor = torch.ops.confprune.cut_weights(of, *last_keys, to, counts)
+    return places.numpy()
 
 
 @cache

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from confprune.checkpoint.metadata import recorded
 from confprune.checkpoint.source import Checkpoint
+from confprune.checkpoint.weights import Bits
 from confprune.files import Draft, real_target, temporary_name
 
 _PLACEHOLDER = "{sparsity}"
@@ -90,6 +93,15 @@ class Output:
             offset += len(head) - data_start
         with self._named_errors():
             self._drafts[file].write(data, offset)
+
+    def write_pieces(self, file: Path, offsets: Iterable[int], pieces: Bits) -> None:
+        """As `write`, of elements of an array, each at its own place."""
+        head, data_start = self._heads[file]
+        draft, shift = self._drafts[file], len(head) - data_start
+        data, size = pieces.view(np.uint8).data, pieces.itemsize
+        with self._named_errors():
+            for at, offset in enumerate(offsets):
+                draft.write(data[at * size : (at + 1) * size], offset + shift)
 
     def place(self) -> None:
         """Give it its name, at once."""

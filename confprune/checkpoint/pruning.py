@@ -14,7 +14,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from confprune.checkpoint.choice import choose, pruned_tensors
+from confprune.checkpoint.guessed import Correction, GuessedMasks
 from confprune.checkpoint.layout import StoredTensor
+from confprune.checkpoint.masking import Masks
 from confprune.checkpoint.output import Output, check_space, output_paths
 from confprune.checkpoint.reading import (
     BLOCK,
@@ -79,10 +81,12 @@ def prune(
     prune, to the last bit. Everything else stays as it is, to the last bit as well; the metadata of
     the files gain the sparsity.
 
-    The source is read in pieces, once to select 16-bit weights or for one sparsity, twice to select
-    others or where a guess went wrong, and once to write; nothing but pieces is in memory. The
-    outputs appear when all of them are complete; until then, nothing changes. What takes the place
-    of an old file is on the disk before.
+    The source is read in pieces, and nothing but pieces is in memory. For one sparsity of a large
+    file a sample tells about where the weights are cut: it is read once, and a few of the weights
+    that were written are put right. For several, or where the sample misleads, it is read once more
+    to select 16-bit weights, twice more to select wider ones. The outputs appear when all of them
+    are complete; until then, nothing changes. What takes the place of an old file is on the disk
+    before.
 
     Parameters
     ----------
@@ -155,8 +159,8 @@ def prune(
             stacklevel=2,
         )
     with ExitStack() as stack:
-        total = task.nbytes + len(task.sparsities) * checkpoint.nbytes
-        bar = stack.enter_context(_bar(total, progress))
+        bar = stack.enter_context(_bar(len(task.sparsities) * checkpoint.nbytes, progress))
+        stack.enter_context(task.nan_named(bar))
         selected = task.select(bar)
         paths = output_paths(out, selected.sparsities, checkpoint)
         outputs = [
@@ -177,7 +181,7 @@ def prune(
 
 
 def _bar(total: int, progress: bool) -> tqdm:
-    """Bytes read to select, and bytes written."""
+    """Of bytes written; those read to select are added when it is known how many."""
     return tqdm(
         total=total, desc="pruning", unit="B", unit_scale=True, delay=1, disable=not progress
     )
@@ -211,18 +215,37 @@ def _blocks(ranges: Sequence[tuple[Path, int, int]]) -> Iterator[tuple[Path, int
 
 def _write_pruned(task: Task, selected: Selected, outputs: Sequence[Output], bar: tqdm) -> None:
     """Write the pruned tensors, in the order of ties."""
-    for output, place, start, data in ahead(_pruned_blocks(task, selected, outputs)):
+    for tensors, masks in selected.groups:
+        _write_masked(task, tensors, masks, outputs, bar)
+        if not isinstance(masks, GuessedMasks):
+            continue
+        corrections = masks.corrections()
+        if corrections is None:
+            places = [place for tensor in tensors for place in task.places(tensor)]
+            bar.total += len(outputs) * sum(place.nbytes for place in places)
+            _write_masked(task, tensors, masks.exact(), outputs, bar)
+        else:
+            _correct(task, corrections, *outputs)
+
+
+def _write_masked(
+    task: Task,
+    tensors: Sequence[StoredTensor],
+    masks: Masks,
+    outputs: Sequence[Output],
+    bar: tqdm,
+) -> None:
+    for output, place, start, data in ahead(_masked_blocks(task, tensors, masks, outputs)):
         output.write(place.path, place.start + start, data)
         bar.update(data.nbytes)
 
 
-def _pruned_blocks(
-    task: Task, selected: Selected, outputs: Sequence[Output]
+def _masked_blocks(
+    task: Task, tensors: Sequence[StoredTensor], masks: Masks, outputs: Sequence[Output]
 ) -> Iterator[tuple[Output, StoredTensor, int, memoryview]]:
     """What goes where in place of the pruned tensors."""
     read, pruned_buffers = Buffers(), Buffers()
-    for tensor in task.tensors:
-        masks = selected.masks[tensor.name]
+    for tensor in tensors:
         start = 0
         for block in tensor_blocks(tensor, 0, tensor.nbytes, BLOCK, read):
             levels = masks.masked(tensor, start, block, pruned_buffers)
@@ -230,3 +253,11 @@ def _pruned_blocks(
                 for place in task.places(tensor):
                     yield output, place, start, pruned.data
             start += len(block)
+
+
+def _correct(task: Task, corrections: Sequence[Correction], output: Output) -> None:
+    """Write the weights anew that were masked wrong."""
+    for tensor, places, weights in corrections:
+        for place in task.places(tensor):
+            starts = place.start + weights.itemsize * places
+            output.write_pieces(place.path, starts.tolist(), weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,8 +92,8 @@ def tensor_blocks(
         raise OSError(f"tensor {tensor.name!r} cannot be read: {error}") from error
 
 
-def tensor_pieces(tensor: StoredTensor, starts: Iterable[int], size: int) -> Iterator[Bytes]:
-    """Some bytes from each of some places in a tensor.
+def read_pieces(tensor: StoredTensor, starts: Iterable[int], pieces: NDArray[Any]) -> None:
+    """Fill each row of `pieces` from one of some places in a tensor.
 
     Raises
     ------
@@ -101,12 +101,10 @@ def tensor_pieces(tensor: StoredTensor, starts: Iterable[int], size: int) -> Ite
         If the file ends before, naming tensor and file.
     """
     with open(tensor.path, "rb", buffering=0) as file:
-        for start in starts:
+        for start, piece in zip(starts, pieces, strict=True):
             file.seek(tensor.start + start)
-            piece = file.read(size)
-            if len(piece) < size:
+            if file.readinto(piece.data) < piece.nbytes:
                 raise OSError(f"tensor {tensor.name!r} cannot be read: {tensor.path} is cut short")
-            yield np.frombuffer(piece, dtype=np.uint8)
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:

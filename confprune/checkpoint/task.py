@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from confprune.checkpoint.certified import certified_tensors, tied_copies
-from confprune.checkpoint.guess import select_one
+from confprune.checkpoint.guessed import guessed_masks
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
 from confprune.checkpoint.masking import Masks, MasksFromCuts, MasksFromLevels
 from confprune.checkpoint.metadata import certified_record, plain_record
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 
+class Group(NamedTuple):
+    """Tensors that are masked one after another, in the order that breaks ties."""
+
+    tensors: list[StoredTensor]
+    masks: Masks
+
+
 class Selected(NamedTuple):
     """What a selection leads to.
 
@@ -38,12 +45,12 @@ class Selected(NamedTuple):
         Those that a pattern can reach, if there is one.
     counts : tuple of K ints
         How many weights are pruned.
-    masks : dict from the name of a tensor to its masks
+    groups : list of Groups
     """
 
     sparsities: tuple[float, ...]
     counts: tuple[int, ...]
-    masks: dict[str, Masks]
+    groups: list[Group]
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,6 @@ class Task:
         """Number of prunable weights."""
         return sum(tensor.size for tensor in self.tensors)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a selection reads at first."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
     def places(self, tensor: StoredTensor) -> list[StoredTensor]:
         """Where a pruned tensor is stored."""
         return [tensor, *self.copies.get(tensor.name, ())]
@@ -99,32 +101,33 @@ class Task:
         Raises
         ------
         ValueError
-            If a weight is NaN, naming tensor and file; as `levels_of` does.
+            As `levels_of` does.
         """
-        with self._nan_named(bar):
-            if str(self.criterion) == "magnitude" and self.pattern is None:
-                if self.scope == "global":
-                    return self._compete([self.tensors], bar)
-                if self.scope == "layer":
-                    return self._compete([[tensor] for tensor in self.tensors], bar)
-            return self._in_memory(bar)
+        if str(self.criterion) == "magnitude" and self.pattern is None:
+            if self.scope == "global":
+                return self._compete([self.tensors], bar)
+            if self.scope == "layer":
+                return self._compete([[tensor] for tensor in self.tensors], bar)
+        return self._in_memory(bar)
 
-    def _compete(self, groups: list[list[StoredTensor]], bar: tqdm) -> Selected:
-        """Each group's weights compete."""
+    def _compete(self, competing: list[list[StoredTensor]], bar: tqdm) -> Selected:
+        """The weights of tensors that are listed together compete."""
         counts = [0] * len(self.sparsities)
-        masks: dict[str, Masks] = {}
-        for group in groups:
-            size = sum(tensor.size for tensor in group)
+        groups = []
+        for tensors in competing:
+            size = sum(tensor.size for tensor in tensors)
             cut = [round(sparsity * size) for sparsity in self.sparsities]
-            weights, key = StoredWeights(group, bar), _key_type(group)
-            cuts = select_one(weights, cut[0], key) if len(cut) == 1 else None
-            cuts = cuts or select(weights, cut, key)
-            masks |= dict.fromkeys((tensor.name for tensor in group), MasksFromCuts(cuts))
+            weights, key = StoredWeights(tensors, bar), _key_type(tensors)
+            # Of several levels the corrections would take as long as another read.
+            guessed = guessed_masks(weights, cut[0], key) if len(cut) == 1 else None
+            groups.append(Group(tensors, guessed or MasksFromCuts(select(weights, cut, key))))
             counts = [count + more for count, more in zip(counts, cut, strict=True)]
-        return Selected(self.sparsities, tuple(counts), masks)
+        return Selected(self.sparsities, tuple(counts), groups)
 
     def _in_memory(self, bar: tqdm) -> Selected:
         """As for a network: the weights mapped, and a byte for each."""
+        nbytes = sum(tensor.nbytes for tensor in self.tensors)
+        bar.total += nbytes
         with ExitStack() as stack:
             files = {
                 path: stack.enter_context(safe_open(path, framework="pt"))
@@ -141,17 +144,13 @@ class Task:
                 pattern=self.pattern,
                 inputs_first=self.inputs_first,
             )
-        bar.update(self.nbytes)
-        masks = MasksFromLevels(levels)
-        return Selected(
-            levels.sparsities,
-            tuple(levels.counts.tolist()),
-            dict.fromkeys((tensor.name for tensor in self.tensors), masks),
-        )
+        bar.update(nbytes)
+        group = Group(self.tensors, MasksFromLevels(levels))
+        return Selected(levels.sparsities, tuple(levels.counts.tolist()), [group])
 
     @contextmanager
-    def _nan_named(self, bar: tqdm) -> Iterator[None]:
-        """Name the file too where selection meets NaN."""
+    def nan_named(self, bar: tqdm) -> Iterator[None]:
+        """Name tensor and file where work on the weights meets NaN."""
         try:
             yield
         except ValueError as error:

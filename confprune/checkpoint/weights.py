@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, ValuesView
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,31 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
-from confprune.checkpoint.reading import Buffers, Bytes, ahead, tensor_blocks, tensor_pieces
+from confprune.checkpoint.reading import Buffers, Bytes, ahead, read_pieces, tensor_blocks
 
 _BLOCK = 1 << 25  # bytes, beside which the counters of a histogram cost little
 
 _PIECE = 1024  # weights of a sample that lie together
-_DISTANCE = 128  # one piece of a sample in so many, or fewer,
-_PIECES = 1 << 14  # lest there be more
+_DISTANCE = 64  # one piece of a sample in so many, or fewer,
+_PIECES = 1 << 15  # lest there be more
+
+Bits = NDArray[Any]
+"""Floats as the signed integers of their size."""
+
+
+class Sample(NamedTuple):
+    """Pieces of the weights, at random places in stretches of one length.
+
+    Attributes
+    ----------
+    keys : [pieces, piece]
+        Weights without their signs, as integers of their size.
+    places : [pieces] int64
+        Where a piece begins among all weights.
+    """
+
+    keys: Bits
+    places: NDArray[np.int64]
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -29,7 +48,7 @@ class StoredWeights(Mapping[str, Tensor]):
     tensors : sequence of StoredTensor
         In the order that breaks ties.
     bar : tqdm
-        Is told of the bytes that are read, and of those to come after the first read.
+        Is told of the bytes that are to be read, and of those that were.
     """
 
     def __init__(self, tensors: Sequence[StoredTensor], bar: tqdm) -> None:
@@ -40,7 +59,6 @@ class StoredWeights(Mapping[str, Tensor]):
         }
         self._tensors = tensors
         self._bar = bar
-        self._reads = 0
         self._buffers = Buffers()
 
     def __len__(self) -> int:
@@ -57,9 +75,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def values(self) -> ValuesView[Tensor]:
         """All blocks, each read while the one before is in use."""
-        if self._reads:
-            self._bar.total += sum(end - start for _, start, end in self._blocks.values())
-        self._reads += 1
+        self._bar.total += sum(end - start for _, start, end in self._blocks.values())
         return _ReadAhead(self)
 
     @property
@@ -67,22 +83,35 @@ class StoredWeights(Mapping[str, Tensor]):
         """Number of weights."""
         return sum(tensor.size for tensor in self._tensors)
 
-    def sample(self, dtype: torch.dtype) -> NDArray[np.signedinteger[Any]] | None:
-        """Bits of the weights in pieces at even distances, [pieces, piece]; None without any.
+    @property
+    def first(self) -> dict[str, int]:
+        """By the name of a tensor, how many weights come before its own."""
+        sizes = (tensor.size for tensor in self._tensors)
+        names = (tensor.name for tensor in self._tensors)
+        return dict(zip(names, accumulate(sizes, initial=0), strict=False))
 
-        None too where not all weights are of the type.
-        """
+    def sample(self, dtype: torch.dtype) -> Sample | None:
+        """A sample, the same for the same weights; None if they are few, or not all of the type."""
         if any(PRUNABLE_DTYPES[tensor.dtype] != dtype for tensor in self._tensors):
             return None
-        pieces: list[Bytes] = []
-        size = _PIECE * dtype.itemsize
-        step = size * max(_DISTANCE, self.total // (_PIECE * _PIECES))
-        at = 0  # where the next piece starts, from the start of the tensor
-        for tensor in self._tensors:
-            starts = range(at, tensor.nbytes - size + 1, step)
-            pieces += tensor_pieces(tensor, starts, size)
-            at = max(0, at + len(starts) * step - tensor.nbytes)
-        return np.stack(pieces).view(f"i{dtype.itemsize}") if pieces else None
+        whole = [tensor.size // _PIECE for tensor in self._tensors]
+        stretch = max(_DISTANCE, -(-sum(whole) // _PIECES))
+        starts = np.arange(0, sum(whole) - stretch + 1, stretch)
+        if not len(starts):
+            return None
+        # At even distances they could all be of the same few columns.
+        chosen = starts + np.random.default_rng(0).integers(stretch, size=len(starts))
+        keys = np.empty((len(chosen), _PIECE), dtype=f"i{dtype.itemsize}")
+        places = np.empty(len(chosen), dtype=np.int64)
+        before = 0  # pieces of the tensors before
+        for tensor, pieces in zip(self._tensors, whole, strict=True):
+            own = slice(*np.searchsorted(chosen, [before, before + pieces]))
+            within = (chosen[own] - before) * _PIECE
+            read_pieces(tensor, within * dtype.itemsize, keys[own])
+            places[own] = self.first[tensor.name] + within
+            before += pieces
+        keys &= np.iinfo(keys.dtype).max
+        return Sample(keys, places)
 
     def find_nan(self) -> StoredTensor | None:
         """The first tensor with a NaN."""
@@ -93,3 +122,8 @@ class StoredWeights(Mapping[str, Tensor]):
 class _ReadAhead(ValuesView[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return ahead(super().__iter__())
+
+
+def bits_of(block: Bytes, dtype: str) -> Bits:
+    """The weights of a block of a type, as the format has it."""
+    return block.view(f"i{PRUNABLE_DTYPES[dtype].itemsize}")

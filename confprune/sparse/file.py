@@ -2,7 +2,8 @@
 
 The file holds the state dict. Tensors that stay dense in memory but have many zeros (the fused
 projection of an attention layer, say) are stored as a bitmap and their surviving values; of tied
-tensors one is stored. The metadata say which, name the sparse layers, and hold the certificate.
+tensors one is stored; 64-bit offsets of sparse layers are stored in 32 where they fit. The metadata
+say which, name the sparse layers, and hold the certificate.
 """
 
 from __future__ import annotations
@@ -65,18 +66,19 @@ def save_sparse(
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)
-    packed = {f"{layer}.{name}".lstrip(".") for layer in layers for name in PACKED}
+    packed = {_member(layer, name) for layer in layers for name in PACKED}
     bitmaps = {}
     for name in [name for name in stored if name not in packed]:
         parts = _as_bitmap(stored[name])
         if parts is not None:
             bitmaps[name] = list(stored.pop(name).shape)
             stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    stored |= {name: _narrow(stored[name]) for name in _offsets(layers) if name in stored}
     manifest = {"format": FORMAT, "layers": layers, "tied": tied, "bitmaps": bitmaps}
     metadata = {
         "format": "pt",
         "confprune.version": confprune.__version__,
-        _MANIFEST: json.dumps(manifest),
+        _MANIFEST: json.dumps(manifest, separators=(",", ":")),
     }
     if certificate is not None:
         metadata[_CERTIFICATE] = certificate.to_json()
@@ -125,6 +127,9 @@ def load_sparse(
         )
     small = _empty(model, manifest["layers"], path)
     state = _decoded(tensors, manifest["bitmaps"], path)
+    for name in _offsets(manifest["layers"]):
+        if name in state and state[name].dtype == torch.int32:
+            state[name] = state[name].long()
     state |= {name: state[kept] for name, kept in manifest["tied"].items()}
     _check_fit(state, small, path)
     ties = _tied_parameters(small)
@@ -199,6 +204,22 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return kept, tied
 
 
+def _offsets(layers: list[str]) -> list[str]:
+    """The tensors of sparse layers that are 64-bit in memory."""
+    return [_member(layer, "cells") for layer in layers]
+
+
+def _narrow(offsets: Tensor) -> Tensor:
+    """The same in 32 bits, if they fit."""
+    narrow = offsets.int()
+    return narrow if torch.equal(narrow.long(), offsets) else offsets
+
+
+def _member(layer: str, name: str) -> str:
+    """The name of a layer's tensor in the state dict; the network itself is the layer ""."""
+    return f"{layer}.{name}".lstrip(".")
+
+
 def _as_bitmap(tensor: Tensor) -> dict[str, Tensor] | None:
     """Where the values of a tensor are, one bit each, and what they are; None if not smaller."""
     if tensor.dtype not in DTYPES:
@@ -251,7 +272,7 @@ def _check_fit(state: Mapping[str, Tensor], small: nn.Module, path: str | os.Pat
     """Name what differs between the file and the model; sizes of packed tensors may."""
     expected = small.state_dict()
     packed = {
-        f"{layer}.{name}".lstrip(".")
+        _member(layer, name)
         for layer, module in small.named_modules(remove_duplicate=False)
         if isinstance(module, SparseLayer)
         for name in PACKED
