@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_build.h"
 #include "element_of.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
@@ -217,6 +219,16 @@ bool is_wide_levels(const Tensor& levels) {
   TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte || levels.scalar_type() == at::kShort,
                    "levels must be uint8 or int16, got ", levels.scalar_type());
   return levels.scalar_type() == at::kShort;
+}
+
+Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
+  is_wide_levels(levels);
+  int64_data(level, "level");
+  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
+                    " but levels has ", levels.sizes());
+  std::vector<int64_t> shape(size_t(weight.dim()) + 1, 1);
+  shape[0] = level.numel();
+  return at::where(levels > level.view(shape), weight, at::zeros({}, weight.options()));
 }
 
 at::ScalarType compute_type(const Tensor& weight) {
@@ -443,11 +455,25 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
   return y;
 }
 
+c10::Dict<std::string, std::string> build_info() {
+  c10::Dict<std::string, std::string> built;
+#if defined(__clang__)
+  built.insert("compiler", "clang " __clang_version__);
+#else
+  built.insert("compiler", "gcc " __VERSION__);
+#endif
+  built.insert("torch", TORCH_VERSION);
+  built.insert("cuda", cuda_version());
+  built.insert("architectures", cuda_architectures());
+  return built;
+}
+
 }  // namespace
 }  // namespace confprune
 
 TORCH_LIBRARY(confprune, m) {
   m.def("instruction_set() -> str", [] { return std::string(confprune::instruction_set().name); });
+  m.def("build_info() -> Dict(str, str)", confprune::build_info);
   m.def(
       "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
       "int digit_bits, Tensor(a!) counts) -> ()");
@@ -455,8 +481,15 @@ TORCH_LIBRARY(confprune, m) {
       "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift, Tensor low, "
       "Tensor high, int limit, Tensor(a!) below) -> Tensor");
   m.def(
+      "magnitude_select(Tensor[] scores, ScalarType key, Tensor rank) "
+      "-> (Tensor keys, Tensor below, Tensor equal, Tensor nan)");
+  m.def(
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
+  m.def("masked_weights(Tensor weight, Tensor levels, Tensor level) -> Tensor");
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor levels, Tensor level, Tensor? bias=None, "
+      "Tensor? scale=None, bool relu=False) -> Tensor");
   m.def(
       "prefix_rows(Tensor weight, Tensor levels, int num_levels, int block) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -473,6 +506,7 @@ TORCH_LIBRARY_IMPL(confprune, CPU, m) {
   m.impl("magnitude_histogram", confprune::magnitude_histogram);
   m.impl("magnitude_collect", confprune::magnitude_collect);
   m.impl("assign_levels", confprune::assign_levels);
+  m.impl("masked_weights", confprune::masked_weights);
   m.impl("prefix_rows", confprune::prefix_rows);
   m.impl("grid_linear", confprune::grid_linear);
   m.impl("grid_conv", confprune::grid_conv);
