@@ -4,7 +4,11 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 
 ``magnitude_histogram``  adds the counts of one digit of every score's key
 ``magnitude_collect``    the keys in narrow brackets around the cuts, and the number under each
+``magnitude_select``     the thresholds of all levels at once; on CUDA, without a look at the host
 ``assign_levels``        prune levels from thresholds and ties
+``masked_weights``       a weight as it is at each of some levels
+``masked_linear``        ``F.linear`` with the masked weight, at many levels, masked on the way; on
+                         CUDA
 ``prefix_rows``          a weight matrix with each row ordered by prune level
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
@@ -17,7 +21,7 @@ level becomes one call with all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,56 @@ torch.ops.load_library(str(_LIBRARY))
 def instruction_set() -> str:
     """Name what the grid product runs on: "avx512", "avx2" or "baseline"."""
     return str(torch.ops.confprune.instruction_set())
+
+
+def build_info() -> dict[str, str | None]:
+    """What the compiled part of confprune was built with.
+
+    Returns
+    -------
+    dict
+        ``confprune``, ``torch``: their versions, that of torch at the build; ``compiler``;
+        ``instruction_set``: what the CPU kernels run on here; ``cuda``: the CUDA version of the
+        kernels for GPUs, and ``architectures``: the compute capabilities that they were compiled
+        for, both None in a build without.
+
+    Examples
+    --------
+    >>> import confprune
+    >>> built = confprune.build_info()
+    >>> built["confprune"] == confprune.__version__
+    True
+    >>> list(built)
+    ['confprune', 'torch', 'compiler', 'instruction_set', 'cuda', 'architectures']
+    """
+    from confprune import __version__
+
+    built = torch.ops.confprune.build_info()
+    return {
+        "confprune": __version__,
+        "torch": built["torch"],
+        "compiler": built["compiler"],
+        "instruction_set": instruction_set(),
+        "cuda": built["cuda"] or None,
+        "architectures": built["architectures"] or None,
+    }
+
+
+def check_kernels(devices: Iterable[torch.device]) -> None:
+    """Raise RuntimeError where one of the devices is CUDA's and this build has no kernels for it.
+
+    Examples
+    --------
+    >>> from confprune.ops import check_kernels
+    >>> check_kernels([torch.device("cpu")])
+    """
+    if any(device.type == "cuda" for device in devices) and build_info()["cuda"] is None:
+        raise RuntimeError(
+            "the model is on a CUDA device, but this confprune was built without CUDA kernels. "
+            "Rebuild it where the CUDA toolkit is, in its folder: CONFPRUNE_CUDA=1 pip install "
+            "--no-build-isolation . Or work on the CPU: model.cpu(), or device='cpu' of "
+            "confprune.calibrate"
+        )
 
 
 @torch.library.register_fake("confprune::magnitude_histogram")  # type: ignore[untyped-decorator]
@@ -77,6 +131,32 @@ def _(
 ) -> Tensor:
     dtype = torch.uint8 if ties.numel() <= 255 else torch.int16
     return torch.empty(scores.shape, dtype=dtype, device=scores.device)
+
+
+@torch.library.register_fake("confprune::magnitude_select")  # type: ignore[untyped-decorator]
+def _(
+    scores: Sequence[Tensor], key: torch.dtype, rank: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys, below, equal = (torch.empty_like(rank) for _ in range(3))
+    return keys, below, equal, rank.new_empty(1)
+
+
+@torch.library.register_fake("confprune::masked_weights")  # type: ignore[untyped-decorator]
+def _(weight: Tensor, levels: Tensor, level: Tensor) -> Tensor:
+    return weight.new_empty(level.shape[0], *weight.shape)
+
+
+@torch.library.register_fake("confprune::masked_linear")  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    level: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    return x.new_empty(level.shape[0], x.shape[1], weight.shape[0])
 
 
 @torch.library.register_fake("confprune::prefix_rows")  # type: ignore[untyped-decorator]
