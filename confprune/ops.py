@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # A plain library, not a Python module: it needs no C headers of Python, and serves every version.
 _LIBRARY = Path(__file__).with_name("_C.so")
@@ -209,32 +210,35 @@ def _(
 ) -> Tensor:
     geometry = zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
     positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+    if x.is_cuda:
+        return x.new_empty(level.shape[0], x.shape[1], outputs, *positions)
     return x.new_empty(level.shape[0], outputs, *positions, x.shape[1]).movedim(-1, 1)
 
 
-def _grid_rule(operator: Any) -> Any:
-    """The vmap rule of a grid operator: many calls with one level are one call with many."""
+def _grid_rule(operator: Any, level_at: int) -> Any:
+    """The vmap rule of a grid operator: many calls with one level are one call with many.
 
-    def rule(
-        info: Any,
-        in_dims: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        level: Tensor,
-        rows: Sequence[Tensor],
-        *settings: Any,
-    ) -> tuple[Tensor, int]:
-        x_dim, bias_dim, level_dim, row_dims = in_dims[:4]
-        if bias_dim is not None or any(d is not None for d in row_dims) or level_dim is None:
+    `level_at` is the place of the level among the arguments; x is the first.
+    """
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        x_dim, level_dim = in_dims[0], in_dims[level_at]
+        others = [d for i, d in enumerate(in_dims) if i not in (0, level_at)]
+        if level_dim is None or any(d is not None for d in tree_leaves(others)):
             raise NotImplementedError(f"{operator} can be vmapped over x and level only")
+        level = arguments[level_at]
         if level.numel() != info.batch_size:
             raise NotImplementedError(f"{operator} takes one level a call under vmap")
+        given = list(arguments)
+        given[level_at] = level.reshape(-1)
         if x_dim is not None:
-            x = x.movedim(x_dim, 0).squeeze(1)
-        return operator(x, bias, level.reshape(-1), rows, *settings).unsqueeze(1), 0
+            given[0] = given[0].movedim(x_dim, 0).squeeze(1)
+        return operator(*given).unsqueeze(1), 0
 
     return rule
 
 
-torch.library.register_vmap("confprune::grid_linear", _grid_rule(torch.ops.confprune.grid_linear))
-torch.library.register_vmap("confprune::grid_conv", _grid_rule(torch.ops.confprune.grid_conv))
+for _name, _level_at in (("grid_linear", 2), ("grid_conv", 2), ("masked_linear", 3)):
+    torch.library.register_vmap(
+        f"confprune::{_name}", _grid_rule(getattr(torch.ops.confprune, _name), _level_at)
+    )

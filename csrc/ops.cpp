@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cuda_build.h"
-#include "element_of.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -39,18 +39,6 @@ Source source_of(const Tensor& tensor, const char* argument) {
     source.strides[d] = tensor.stride(d);
   }
   return source;
-}
-
-void check_key(at::ScalarType element, at::ScalarType key) {
-  const bool ok = key == element || key == at::kDouble ||
-                  (key == at::kFloat && (element == at::kHalf || element == at::kBFloat16));
-  TORCH_CHECK_VALUE(ok, "key type ", key, " cannot hold the magnitudes of ", element, " scores");
-}
-
-const int64_t* int64_data(const Tensor& tensor, const char* argument) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong && tensor.is_contiguous(), argument,
-                   " must be a contiguous int64 tensor");
-  return tensor.const_data_ptr<int64_t>();
 }
 
 // Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
@@ -215,12 +203,6 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   return levels;
 }
 
-bool is_wide_levels(const Tensor& levels) {
-  TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte || levels.scalar_type() == at::kShort,
-                   "levels must be uint8 or int16, got ", levels.scalar_type());
-  return levels.scalar_type() == at::kShort;
-}
-
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
   is_wide_levels(levels);
   int64_data(level, "level");
@@ -283,12 +265,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
 bool contiguous(at::TensorList tensors) {
   return std::all_of(tensors.begin(), tensors.end(),
                      [](const Tensor& t) { return t.is_contiguous(); });
-}
-
-void check_per_output(const std::optional<Tensor>& values, const char* argument, int64_t outputs) {
-  if (values.has_value())
-    TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == outputs, argument, " has shape ",
-                      values->sizes(), " for ", outputs, " outputs");
 }
 
 // What follows the product of a layer: y = max(floor, scale * product + shift).

@@ -17,18 +17,19 @@ std::string cuda_architectures() {
 namespace {
 
 void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK(false, op.schema().name(),
-              " got CUDA tensors, but this build of confprune has no CUDA kernels. Rebuild it where "
-              "the CUDA toolkit is, with: CONFPRUNE_CUDA=1 pip install --no-build-isolation . (in "
-              "its folder); or move the tensors to the CPU");
+  TORCH_CHECK(
+      false, op.schema().name(),
+      " got CUDA tensors, but this build of confprune has no CUDA kernels. Rebuild it where "
+      "the CUDA toolkit is, with: CONFPRUNE_CUDA=1 pip install --no-build-isolation . (in "
+      "its folder); or move the tensors to the CPU");
 }
 
 }  // namespace
 }  // namespace confprune
 
 TORCH_LIBRARY_IMPL(confprune, CUDA, m) {
-  for (const char* name : {"magnitude_histogram", "magnitude_collect", "magnitude_select",
-                           "assign_levels", "prefix_rows", "masked_weights", "masked_linear",
-                           "grid_linear", "grid_conv"})
+  for (const char* name :
+       {"magnitude_histogram", "magnitude_collect", "magnitude_select", "assign_levels",
+        "prefix_rows", "masked_weights", "masked_linear", "grid_linear", "grid_conv"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&confprune::refuse>());
 }

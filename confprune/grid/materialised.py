@@ -67,7 +67,8 @@ def grid_linear(
     y = x.new_empty(level.shape[0], x.shape[1], outputs)
     inner = bias if scale is None else None  # added before the product is rounded
     for chunk in _chunks(level.shape[0], weight, budget):
-        masked, part = _masked(weight, levels, level[chunk]), y[chunk]
+        masked = torch.ops.confprune.masked_weights(weight, levels, level[chunk])
+        part = y[chunk]
         if x.shape[0] == 1 and outputs < _WIDE:
             wide = F.linear(x[0], masked.flatten(0, 1), _repeated(inner, len(masked)))
             _write(wide.unflatten(1, (-1, outputs)).transpose(0, 1), part, scale, bias, relu)
@@ -119,7 +120,8 @@ def grid_conv(
     inner = bias if scale is None else None
     follow = (_by_channel(scale, len(positions)), _by_channel(bias, len(positions)), relu)
     for chunk in _chunks(level.shape[0], weight, budget):
-        masked, part = _masked(weight, levels, level[chunk]), y[chunk]
+        masked = torch.ops.confprune.masked_weights(weight, levels, level[chunk])
+        part = y[chunk]
         count = len(masked)
         if x.shape[0] == 1:  # the outputs of all levels, group by group
             by_group = masked.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 2)
@@ -145,15 +147,6 @@ def _chunks(count: int, weight: Tensor, budget: int) -> Iterator[slice]:
     step = max(1, budget // max(1, weight.nbytes))
     for begin in range(0, count, step):
         yield slice(begin, min(count, begin + step))
-
-
-def _masked(weight: Tensor, levels: Tensor, level: Tensor) -> Tensor:
-    """The masked weights of some levels, [K, *weight.shape], in the order that `weight` lies in."""
-    if weight.ndim == 2 and not weight.is_contiguous() and weight.mT.is_contiguous():
-        written: Tensor = torch.ops.confprune.masked_weights(weight.mT, levels.mT, level)
-        return written.mT
-    written = torch.ops.confprune.masked_weights(weight, levels, level)
-    return written
 
 
 def _repeated(bias: Tensor | None, count: int) -> Tensor | None:

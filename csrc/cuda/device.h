@@ -9,10 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__)
 #include <cuda_runtime.h>
-#else
+#elif __has_include(<lockstep.h>)
+#define CONFPRUNE_LOCKSTEP
 #include <lockstep.h>
+#else  // those who start kernels, and are none
+#include <cuda_runtime_api.h>
 #endif
 
 namespace confprune::cuda {
@@ -93,7 +96,7 @@ __device__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-#else
+#elif defined(CONFPRUNE_LOCKSTEP)
 
 using lockstep::clear;
 using lockstep::copy_async;

@@ -1,0 +1,174 @@
+// torch.ops.confprune.* on CUDA tensors: argument checks, the device and stream of the call, and
+// the start of the kernels. Nothing here waits for the device, but where it says so.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "cuda/architectures.h"
+#include "cuda/grid_linear.h"
+#include "cuda/masked_weights.h"
+#include "cuda_build.h"
+
+namespace confprune {
+
+std::string cuda_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+std::string cuda_architectures() {
+  int count = 0;
+  const int* listed = cuda::architectures(&count);
+  std::string text;
+  for (int i = 0; i < count; ++i)
+    text += (i == 0 ? "" : " ") + std::to_string(listed[i] / 100) + "." +
+            std::to_string(listed[i] % 100 / 10);
+  return text;
+}
+
+namespace {
+
+using at::Tensor;
+
+// The device and the stream of a call: those of one tensor, to which others are held.
+class Call {
+ public:
+  Call(const Tensor& tensor, const char* argument)
+      : device_(tensor.device()), argument_(argument), guard_(checked(tensor, argument)) {}
+
+  cuda::Stream stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
+
+  void check(const Tensor& tensor, const char* argument) const {
+    TORCH_CHECK_VALUE(tensor.device() == device_, argument, " is on ", tensor.device(), " but ",
+                      argument_, " is on ", device_, ": move one of them with .to(device)");
+  }
+
+  void check(const std::optional<Tensor>& tensor, const char* argument) const {
+    if (tensor.has_value())
+      check(*tensor, argument);
+  }
+
+ private:
+  static at::Device checked(const Tensor& tensor, const char* argument) {
+    TORCH_CHECK_VALUE(tensor.is_cuda(), argument,
+                      " is on the CPU but others are on a CUDA device: "
+                      "move one of them with .to(device)");
+    return tensor.device();
+  }
+
+  at::Device device_;
+  const char* argument_;
+  c10::cuda::CUDAGuard guard_;
+};
+
+Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
+  const Call call(weight, "weight");
+  call.check(levels, "levels");
+  call.check(level, "level");
+  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
+                    " but levels has ", levels.sizes());
+  const Tensor own = weight.contiguous(), own_levels = levels.contiguous();
+  std::vector<int64_t> shape{level.numel()};
+  shape.insert(shape.end(), weight.sizes().begin(), weight.sizes().end());
+  const int64_t* wanted = int64_data(level, "level");
+  Tensor out = at::empty(shape, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  const cuda::MaskedWeights masked{own.const_data_ptr(),
+                                   own_levels.const_data_ptr(),
+                                   wanted,
+                                   out.mutable_data_ptr(),
+                                   element_of(weight.scalar_type(), "weight"),
+                                   is_wide_levels(levels),
+                                   weight.numel(),
+                                   level.numel()};
+  if (out.numel() > 0) {
+    cuda::masked_weights(masked, call.stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return out;
+}
+
+Tensor contiguous_rows(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// The type of scale and bias, when both have it; else the one that is computed in.
+at::ScalarType follow_type(const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                           at::ScalarType element) {
+  const at::ScalarType wide = element == at::kDouble ? at::kDouble : at::kFloat;
+  if (scale.has_value() && bias.has_value())
+    return scale->scalar_type() == bias->scalar_type() ? bias->scalar_type() : wide;
+  return scale.has_value() ? scale->scalar_type() : bias.has_value() ? bias->scalar_type() : wide;
+}
+
+Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                     const Tensor& level, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& scale, bool relu) {
+  const Call call(x, "x");
+  call.check(weight, "weight");
+  call.check(levels, "levels");
+  call.check(level, "level");
+  call.check(bias, "bias");
+  call.check(scale, "scale");
+  TORCH_CHECK_VALUE(x.dim() == 3, "masked_linear takes x [1 or K, N, in], got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.size(1) > 0,
+                    "weight has shape ", weight.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
+                    " but levels has ", levels.sizes());
+  TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte, "levels must be uint8, got ",
+                   levels.scalar_type());
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "weight is ", weight.scalar_type(),
+                   " but x is ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.size(0) == 1 || x.size(0) == level.numel(), "x has ", x.size(0),
+                    " inputs for ", level.numel(), " levels; it takes one, or one a level");
+  const int64_t outputs = weight.size(0);
+  check_per_output(bias, "bias", outputs);
+  check_per_output(scale, "scale", outputs);
+  const int64_t* wanted = int64_data(level, "level");
+
+  const Tensor own_x = contiguous_rows(x), own_weight = contiguous_rows(weight),
+               own_levels = contiguous_rows(levels);
+  const at::ScalarType follow = follow_type(scale, bias, x.scalar_type());
+  const auto per_output = [&](const std::optional<Tensor>& values) {
+    return values.has_value() ? values->to(follow).contiguous() : Tensor();
+  };
+  const Tensor own_scale = per_output(scale), own_bias = per_output(bias);
+  Tensor y = at::empty({level.numel(), x.size(1), outputs},
+                       x.options().memory_format(at::MemoryFormat::Contiguous));
+  const cuda::GridLinear product{own_x.const_data_ptr(),
+                                 own_weight.const_data_ptr(),
+                                 own_levels.const_data_ptr<uint8_t>(),
+                                 wanted,
+                                 scale.has_value() ? own_scale.const_data_ptr() : nullptr,
+                                 bias.has_value() ? own_bias.const_data_ptr() : nullptr,
+                                 y.mutable_data_ptr(),
+                                 element_of(x.scalar_type(), "x"),
+                                 element_of(follow, "bias"),
+                                 level.numel(),
+                                 x.size(1),
+                                 x.size(2),
+                                 outputs,
+                                 x.size(0) == 1 ? 0 : own_x.stride(0),
+                                 own_x.stride(1),
+                                 own_weight.stride(0),
+                                 own_levels.stride(0),
+                                 relu};
+  if (y.numel() > 0) {
+    cuda::grid_linear(product, call.stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace confprune
+
+TORCH_LIBRARY_IMPL(confprune, CUDA, m) {
+  m.impl("masked_weights", confprune::masked_weights);
+  m.impl("masked_linear", confprune::masked_linear);
+}
