@@ -64,19 +64,10 @@ std::vector<uint64_t> prefixes_of(const Tensor& prefixes, int bits) {
 
 void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
                          int64_t shift, int64_t digit_bits, Tensor& counts) {
-  check_key(scores.scalar_type(), key);
-  const Element key_element = element_of(key, "key");
-  const int64_t bits = key_bits(key_element), prefix_bits = bits - shift - digit_bits;
-  TORCH_CHECK_VALUE(shift >= 0 && shift < bits && digit_bits >= 1 && prefix_bits >= 0, "shift ",
-                    shift, " and digit_bits ", digit_bits, " leave the ", bits, " bits of a key");
-  TORCH_CHECK_VALUE(prefixes.numel() > 0 || prefix_bits == 0,
-                    "only the first digit of a key has no prefixes");
-  const Digit digit{key_element, int(shift), int(digit_bits),
-                    prefixes_of(prefixes, int(prefix_bits))};
-  const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
-  int64_data(counts, "counts");
-  TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ",
-                    cells);
+  const Element key_element = check_digit(scores, key, prefixes, shift, digit_bits, counts);
+  const int prefix_bits = key_bits(key_element) - int(shift) - int(digit_bits);
+  const int64_t cells = counts.numel();
+  const Digit digit{key_element, int(shift), int(digit_bits), prefixes_of(prefixes, prefix_bits)};
   const Source source = source_of(scores, "scores");
   int64_t* total = counts.data_ptr<int64_t>();
   if (scores.numel() < kSerial)
@@ -98,15 +89,10 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
 Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
                          int64_t shift, const Tensor& low, const Tensor& high, int64_t limit,
                          Tensor& below) {
-  check_key(scores.scalar_type(), key);
-  const Element key_element = element_of(key, "key");
+  const Element key_element = check_brackets(scores, key, prefixes, shift, low, high, below);
   const int bits = key_bits(key_element);
-  TORCH_CHECK_VALUE(shift >= 0 && shift < bits, "shift ", shift, " leaves the ", bits,
-                    " bits of a key");
   std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
   const int64_t size = prefixes.numel();
-  TORCH_CHECK_VALUE(low.numel() == size && high.numel() == size && below.numel() == size,
-                    "prefixes, low, high and below disagree in size");
   const Brackets brackets{
       key_element, int(shift), std::move(wanted), int64_data(low, "low"), int64_data(high, "high"),
       limit};
@@ -134,16 +120,9 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
 Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
                      const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
                      Tensor& ranks) {
-  check_key(scores.scalar_type(), key);
   const int64_t cuts_size = thresholds.numel(), num_levels = ties.numel();
-  TORCH_CHECK_VALUE(first_level.numel() == cuts_size + 1 && straddled.numel() == cuts_size &&
-                        ranks.numel() == cuts_size,
-                    "thresholds, first_level, straddled and ranks disagree in size");
-  TORCH_CHECK_VALUE(num_levels <= 32767, "at most 32767 levels are supported, got ", num_levels);
-  TORCH_CHECK_TYPE(straddled.scalar_type() == at::kBool && straddled.is_contiguous(),
-                   "straddled must be a contiguous bool tensor");
   Cuts cuts;
-  cuts.key = element_of(key, "key");
+  cuts.key = check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
   const int64_t* values = int64_data(thresholds, "thresholds");
   const int64_t* first = int64_data(first_level, "first_level");
   const int64_t* tie = int64_data(ties, "ties");
@@ -162,8 +141,7 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const CutTable table(std::move(cuts));
 
   const Source source = source_of(scores, "scores");
-  Tensor levels =
-      at::empty(scores.sizes(), scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
+  Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
@@ -204,10 +182,8 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
 }
 
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
-  is_wide_levels(levels);
+  check_levelled(weight, levels);
   int64_data(level, "level");
-  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
-                    " but levels has ", levels.sizes());
   std::vector<int64_t> shape(size_t(weight.dim()) + 1, 1);
   shape[0] = level.numel();
   return at::where(levels > level.view(shape), weight, at::zeros({}, weight.options()));

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,7 +14,9 @@
 #include "arguments.h"
 #include "cuda/architectures.h"
 #include "cuda/grid_linear.h"
+#include "cuda/levels.h"
 #include "cuda/masked_weights.h"
+#include "cuda/selection.h"
 #include "cuda_build.h"
 
 namespace confprune {
@@ -67,12 +70,122 @@ class Call {
   c10::cuda::CUDAGuard guard_;
 };
 
+cuda::Scores scores_of(const Tensor& contiguous, const char* argument) {
+  return {contiguous.const_data_ptr(), element_of(contiguous.scalar_type(), argument),
+          contiguous.numel()};
+}
+
+Tensor scratch(size_t bytes, const Tensor& like) {
+  return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_select(at::TensorList scores,
+                                                            at::ScalarType key,
+                                                            const Tensor& rank) {
+  TORCH_CHECK_VALUE(!scores.empty(), "there are no scores to select from");
+  const Call call(scores[0], "scores");
+  call.check(rank, "rank");
+  const int64_t* wanted = int64_data(rank, "rank");
+  std::vector<Tensor> own;
+  std::vector<cuda::Scores> sources;
+  for (const Tensor& tensor : scores) {
+    call.check(tensor, "one of the scores");
+    check_key(tensor.scalar_type(), key);
+    own.push_back(tensor.contiguous());
+    sources.push_back(scores_of(own.back(), "scores"));
+  }
+  const Element key_element = element_of(key, "key");
+  const int64_t tensors = int64_t(sources.size()), ranks = rank.numel();
+  Tensor keys = at::empty_like(rank), below = at::empty_like(rank), equal = at::empty_like(rank),
+         nan = at::empty({1}, rank.options());
+  const Tensor memory = scratch(cuda::select_scratch(key_element, tensors, ranks), rank);
+  cuda::select(sources.data(), tensors, key_element, wanted, ranks,
+               {keys.data_ptr<int64_t>(), below.data_ptr<int64_t>(), equal.data_ptr<int64_t>(),
+                nan.data_ptr<int64_t>()},
+               memory.mutable_data_ptr(), call.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {keys, below, equal, nan};
+}
+
+void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift, int64_t digit_bits, Tensor& counts) {
+  const Call call(scores, "scores");
+  call.check(prefixes, "prefixes");
+  call.check(counts, "counts");
+  const Element key_element = check_digit(scores, key, prefixes, shift, digit_bits, counts);
+  const Tensor own = scores.contiguous();
+  if (own.numel() == 0)
+    return;
+  cuda::histogram(scores_of(own, "scores"),
+                  {key_element, int(shift), int(digit_bits), prefixes.const_data_ptr<int64_t>(),
+                   prefixes.numel()},
+                  counts.data_ptr<int64_t>(), call.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Waits for the device, to learn how many keys there are.
+Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift, const Tensor& low, const Tensor& high, int64_t limit,
+                         Tensor& below) {
+  const Call call(scores, "scores");
+  call.check(prefixes, "prefixes");
+  call.check(low, "low");
+  call.check(high, "high");
+  call.check(below, "below");
+  const Element key_element = check_brackets(scores, key, prefixes, shift, low, high, below);
+  const Tensor own = scores.contiguous();
+  // One more than the limit, so that it is seen to be passed.
+  const int64_t capacity = std::min(own.numel(), std::max<int64_t>(0, limit) + 1);
+  const Tensor keys = at::empty({capacity}, prefixes.options());
+  const Tensor found = at::zeros({1}, prefixes.options());
+  if (own.numel() > 0) {
+    cuda::collect(scores_of(own, "scores"),
+                  {key_element, int(shift), prefixes.const_data_ptr<int64_t>(),
+                   low.const_data_ptr<int64_t>(), high.const_data_ptr<int64_t>(), prefixes.numel()},
+                  capacity, keys.data_ptr<int64_t>(), found.data_ptr<int64_t>(),
+                  below.data_ptr<int64_t>(), call.stream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return keys.narrow(0, 0, std::min(capacity, found.item<int64_t>())).clone();
+}
+
+Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
+                     const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
+                     Tensor& ranks) {
+  const Call call(scores, "scores");
+  call.check(thresholds, "thresholds");
+  call.check(first_level, "first_level");
+  call.check(ties, "ties");
+  call.check(straddled, "straddled");
+  call.check(ranks, "ranks");
+  const Element key_element =
+      check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
+  const Tensor own = scores.contiguous();
+  Tensor levels = at::empty(
+      scores.sizes(),
+      scores.options().dtype(level_type(ties.numel())).memory_format(at::MemoryFormat::Contiguous));
+  if (own.numel() == 0)
+    return levels;
+  const cuda::Cuts cuts{key_element,
+                        thresholds.numel(),
+                        ties.numel(),
+                        thresholds.const_data_ptr<int64_t>(),
+                        first_level.const_data_ptr<int64_t>(),
+                        ties.const_data_ptr<int64_t>(),
+                        straddled.const_data_ptr<bool>()};
+  const cuda::Levelled levelled{scores_of(own, "scores"), levels.mutable_data_ptr()};
+  const Tensor memory = scratch(cuda::assign_scratch(&levelled, 1, cuts), thresholds);
+  cuda::assign(&levelled, 1, cuts, ranks.data_ptr<int64_t>(), memory.mutable_data_ptr(),
+               call.stream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return levels;
+}
+
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
   const Call call(weight, "weight");
   call.check(levels, "levels");
   call.check(level, "level");
-  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
-                    " but levels has ", levels.sizes());
+  check_levelled(weight, levels);
   const Tensor own = weight.contiguous(), own_levels = levels.contiguous();
   std::vector<int64_t> shape{level.numel()};
   shape.insert(shape.end(), weight.sizes().begin(), weight.sizes().end());
@@ -118,8 +231,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels
   TORCH_CHECK_VALUE(x.dim() == 3, "masked_linear takes x [1 or K, N, in], got ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.size(1) > 0,
                     "weight has shape ", weight.sizes(), " for x of shape ", x.sizes());
-  TORCH_CHECK_VALUE(weight.sizes() == levels.sizes(), "weight has shape ", weight.sizes(),
-                    " but levels has ", levels.sizes());
+  check_levelled(weight, levels);
   TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte, "levels must be uint8, got ",
                    levels.scalar_type());
   TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "weight is ", weight.scalar_type(),
@@ -169,6 +281,10 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels
 }  // namespace confprune
 
 TORCH_LIBRARY_IMPL(confprune, CUDA, m) {
+  m.impl("magnitude_histogram", confprune::magnitude_histogram);
+  m.impl("magnitude_collect", confprune::magnitude_collect);
+  m.impl("magnitude_select", confprune::magnitude_select);
+  m.impl("assign_levels", confprune::assign_levels);
   m.impl("masked_weights", confprune::masked_weights);
   m.impl("masked_linear", confprune::masked_linear);
 }
