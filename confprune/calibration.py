@@ -20,6 +20,7 @@ from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import ACTIVATION_BYTES, GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
+from confprune.ops import check_kernels
 from confprune.parameters import ParameterFilter
 from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
@@ -335,6 +336,7 @@ def calibrate(
         )
         question.check(data, len(ways))
         where = model if device is None else _on_device(model, device)
+        check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {
             "forward": forward,
             "batch_size": batch_size,
@@ -342,7 +344,7 @@ def calibrate(
         }
         found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
         levels = [
-            prune_levels(model, grid, parameters=parameters, statistics=found, **way._asdict())
+            prune_levels(where, grid, parameters=parameters, statistics=found, **way._asdict())
             for way in ways
         ]
         return certify(

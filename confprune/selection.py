@@ -15,6 +15,7 @@ Scores on one CUDA device are selected there from end to end, and only the cuts 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -290,17 +291,18 @@ def _count(
     digit_bits: int,
 ) -> np.ndarray:
     """Counts of one digit below each prefix, [prefixes, 2^digit_bits]."""
+    shape = max(1, len(prefixes)), 1 << digit_bits
     counts: dict[torch.device, Tensor] = {}
     tables = _Tables(prefixes)
     for tensor in scores.values():
         device = tensor.device
         if device not in counts:
-            shape = max(1, len(prefixes)), 1 << digit_bits
             counts[device] = torch.zeros(shape, dtype=torch.int64, device=device)
         torch.ops.confprune.magnitude_histogram(
             tensor, key, *tables.on(device), shift, digit_bits, counts[device]
         )
-    return sum(part.cpu() for part in counts.values()).numpy()
+    parts = [part.cpu().numpy() for part in counts.values()] or [np.zeros(shape, dtype=np.int64)]
+    return functools.reduce(np.add, parts)
 
 
 def collect_keys(
