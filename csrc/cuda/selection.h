@@ -32,18 +32,19 @@ struct Selection {
 };
 
 // Bytes of device memory that `select` works in.
-size_t select_scratch(Element key, int64_t tensors, int64_t ranks);
+size_t select_scratch(int64_t tensors, int64_t ranks);
 
-// Finds the rank[k]-th smallest score of all `tensors` together, for each k. `rank`, [ranks] on the
-// device, counts from 1, does not decrease and ends at the number of scores at most; 0 asks for
-// nothing and gets zeros. `scores` is on the host and free once this returns; `scratch` is aligned
-// to 256 bytes. Nothing here waits for the device, so that a graph can capture it.
+// Finds the rank[k]-th smallest score of all `tensors` together, for each k. `rank` on the
+// device, of 1 to 32767 ranks, counts from 1, does not decrease and ends at the number of scores at
+// most; 0 asks for nothing and gets zeros. `scores` is on the host and free once this returns;
+// `scratch` is aligned to 256 bytes. Nothing here waits for the device, so that a graph can capture
+// it.
 void select(const Scores* scores, int64_t tensors, Element key, const int64_t* rank, int64_t ranks,
             const Selection& found, void* scratch, Stream stream);
 
 // The digit of a key is `digit_bits` bits above its lowest `shift` bits; what stands above is its
 // prefix. Counted are the keys whose prefix is among `prefixes`, [size] on the device, increasing;
-// all keys where size is 0.
+// all keys where size is 0. There are fewer than 2^32 counters.
 struct Digit {
   Element key;
   int shift;
