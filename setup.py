@@ -53,6 +53,8 @@ def cuda_lacks() -> str:
     if nvcc is None:
         where = "" if CUDA_HOME is None else f" in {CUDA_HOME}"
         return f"the CUDA compiler nvcc was not found{where}: {get}"
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").is_file():
+        return f"{CUDA_HOME} holds nvcc, but not include/cuda_runtime.h: {get}"
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     release = re.search(r"release (\d+)\.\d+", said)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
