@@ -96,9 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_select(at::TensorList score
   }
   const Element key_element = element_of(key, "key");
   const int64_t tensors = int64_t(sources.size()), ranks = rank.numel();
+  TORCH_CHECK_VALUE(ranks >= 1 && ranks <= 32767, "rank must hold 1 to 32767 ranks, got ", ranks);
   Tensor keys = at::empty_like(rank), below = at::empty_like(rank), equal = at::empty_like(rank),
          nan = at::empty({1}, rank.options());
-  const Tensor memory = scratch(cuda::select_scratch(key_element, tensors, ranks), rank);
+  const Tensor memory = scratch(cuda::select_scratch(tensors, ranks), rank);
   cuda::select(sources.data(), tensors, key_element, wanted, ranks,
                {keys.data_ptr<int64_t>(), below.data_ptr<int64_t>(), equal.data_ptr<int64_t>(),
                 nan.data_ptr<int64_t>()},
