@@ -1,0 +1,57 @@
+// csrc/cuda/selection.h and levels.h for ctypes: their scratch memory comes from here.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cuda/levels.h"
+#include "cuda/selection.h"
+
+namespace {
+
+using confprune::Element;
+namespace cuda = confprune::cuda;
+
+// Scratch memory of just the size that was asked for, with rubbish in it.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_(static_cast<char*>(std::malloc(bytes + kAlignment))) {
+    const size_t over = reinterpret_cast<uintptr_t>(bytes_) % kAlignment;
+    offset_ = kAlignment - over;
+    // The end of the part is the end of what a sanitizer allows.
+    std::memset(bytes_, 0xa5, bytes + kAlignment);
+  }
+  ~Memory() { std::free(bytes_); }
+  void* get() const { return bytes_ + offset_; }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+  char* bytes_;
+  size_t offset_;
+};
+
+std::vector<cuda::Scores> scores_of(void** data, const int* element, const int64_t* size,
+                                    int64_t count) {
+  std::vector<cuda::Scores> scores;
+  for (int64_t i = 0; i < count; ++i)
+    scores.push_back({data[i], Element(element[i]), size[i]});
+  return scores;
+}
+
+}  // namespace
+
+extern "C" {
+
+void configure(int multiprocessors, int shared_bytes, int resident, unsigned seed) {
+  lockstep::settings() = {multiprocessors, shared_bytes, resident, seed};
+}
+
+void cuda_select(void** data, const int* element, const int64_t* size, int64_t tensors, int key,
+                 const int64_t* rank, int64_t ranks, int64_t* keys, int64_t* below, int64_t* equal,
+                 int64_t* nan) {
+  const auto scores = scores_of(data, element, size, tensors);
+  const Memory scratch(cuda::select_scratch(tensors, ranks));
+  cuda::select(scores.data(), tensors, Element(key), rank, ranks, {keys, below, equal, nan},
+               scratch.get(), nullptr);
+}
+}
