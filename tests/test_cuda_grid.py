@@ -12,10 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lockstep import SANITIZE, library
+from lockstep import library
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
+"""Further flags for the compiler, of a process that runs some of these tests."""
 
 ELEMENTS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # by number
 
@@ -42,8 +45,8 @@ class MaskedWeights(ctypes.Structure):
 
 
 def kernels(multiprocessors: int = 3, shared_bytes: int = 99 << 10, seed: int = 0) -> ctypes.CDLL:
-    found = library("grid_linear.cu", "masked_weights.cu", "exports_grid.cpp")
-    found.settings(multiprocessors, shared_bytes, seed)
+    found = library(*os.environ.get(FLAGS, "").split())
+    found.configure(multiprocessors, shared_bytes, 2, seed)
     return found
 
 
@@ -73,7 +76,7 @@ def grid_linear(
         *(x.stride(0) if len(x) > 1 else 0, x.stride(1), weight.stride(0), levels.stride(0)),
         relu,
     )
-    kernels(**device).grid_linear(ctypes.byref(product))
+    kernels(**device).cuda_grid_linear(ctypes.byref(product))
     return y
 
 
@@ -268,11 +271,11 @@ def test_masked_weights(size, offset, dtype, wide):
         *(t.data_ptr() for t in (weight, levels, level, out)),
         *(ELEMENTS.index(dtype), wide, size, len(level)),
     )
-    kernels().masked_weights(ctypes.byref(masked))
+    kernels().cuda_masked_weights(ctypes.byref(masked))
     assert torch.equal(out, torch.where(levels.long() > level[:, None], weight, 0))
 
 
-@pytest.mark.skipif(SANITIZE in os.environ, reason="runs within itself")
+@pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
 def test_no_access_outside_of_memory():
     """Some of the tests above, again under AddressSanitizer."""
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -285,7 +288,7 @@ def test_no_access_outside_of_memory():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, __file__],
         env=os.environ
-        | {SANITIZE: "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
         | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
