@@ -63,58 +63,73 @@ __device__ int place_of(int row, int chunk) {
 }
 
 // One operand's panels: kRows rows of kBytes bytes, copied by all threads of the block.
-template <class T, int kRows, int kBytes>
+// `offset_of(row)` is where a row begins, in numbers, or negative where the row is not used.
+template <class T, int kRows, int kBytes, class Offset>
 class Panels {
  public:
-  static constexpr int kSize = kRows * kBytes;
-
-  // `find(row)` is where the inputs of a row begin, or null where the row is not used.
-  template <class Find>
-  __device__ explicit Panels(Find find) {
+  __device__ Panels(const T* operand, Offset offset_of, bool aligned)
+      : operand_(operand), offset_of_(offset_of), aligned_(aligned) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int row = copy_of(i) / kChunks;
-      rows_[i] = row < kRows ? find(row) : nullptr;
+      const int64_t offset = row(i) < kRows ? offset_of(row(i)) : -1;
+      chunks_[i] = offset < 0 ? kUnused : unsigned(offset / kNumbers);
     }
   }
 
   // Begins to copy the inputs from `first` on; zeros stand for those from `inputs` on. Rows that
-  // are not `aligned` to chunks are copied at once, number by number.
-  __device__ void copy(unsigned char* panel, int64_t first, int64_t inputs, bool aligned) const {
+  // are not aligned to chunks are copied at once, number by number.
+  __device__ void copy(unsigned char* panel, int first, int inputs) const {
+    if (!aligned_)
+      return copy_numbers(panel, first, inputs);
+    const int at = first + chunk() * kNumbers;
+    const T* inside = operand_ + (at < inputs ? at : 0);
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      if (rows_[i] == nullptr)
-        continue;
-      const int row = copy_of(i) / kChunks, chunk = copy_of(i) % kChunks;
-      unsigned char* to = panel + kChunkBytes * place_of<kChunks>(row, chunk);
-      const int64_t at = first + chunk * kNumbers;
-      if (aligned)
-        copy_async_or_zero(to, rows_[i] + (at < inputs ? at : 0), at < inputs);
-      else
-        copy_numbers(reinterpret_cast<T*>(to), rows_[i] + at, inputs - at);
-    }
+    for (int i = 0; i < kCopies; ++i)
+      if (chunks_[i] != kUnused)
+        copy_async_or_zero(panel + kChunkBytes * place_of<kChunks>(row(i), chunk()),
+                           inside + int64_t(chunks_[i]) * kNumbers, at < inputs);
   }
 
  private:
   static constexpr int kChunks = kBytes / kChunkBytes;
   static constexpr int kNumbers = kChunkBytes / int(sizeof(T));
   static constexpr int kCopies = (kRows * kChunks + kThreads - 1) / kThreads;
+  static constexpr unsigned kUnused = ~0u;
+  static_assert(kThreads % kChunks == 0, "a thread's copies are of one chunk of different rows");
 
-  static __device__ int copy_of(int i) { return int(threadIdx.x) + i * kThreads; }
+  static __device__ int chunk() { return int(threadIdx.x) % kChunks; }
+  static __device__ int row(int i) { return (int(threadIdx.x) + i * kThreads) / kChunks; }
 
-  static __device__ void copy_numbers(T* to, const T* from, int64_t left) {
+  __device__ void copy_numbers(unsigned char* panel, int first, int inputs) const {
+    const int at = first + chunk() * kNumbers;
 #pragma unroll 1
-    for (int i = 0; i < kNumbers; ++i)
-      to[i] = i < left ? from[i] : T{};
+    for (int i = 0; i < kCopies; ++i) {
+      const int64_t offset = row(i) < kRows ? offset_of_(row(i)) : -1;
+      if (offset < 0)
+        continue;
+      T* to = reinterpret_cast<T*>(panel + kChunkBytes * place_of<kChunks>(row(i), chunk()));
+#pragma unroll 1
+      for (int n = 0; n < kNumbers; ++n)
+        to[n] = at + n < inputs ? operand_[offset + at + n] : T{};
+    }
   }
 
-  const T* rows_[kCopies];
+  const T* operand_;
+  Offset offset_of_;
+  bool aligned_;
+  unsigned chunks_[kCopies];  // where the rows begin, in chunks: half the registers of pointers
 };
+
+template <class T, int kRows, int kBytes, class Offset>
+__device__ Panels<T, kRows, kBytes, Offset> panels(const void* operand, Offset offset_of,
+                                                   bool aligned) {
+  return {static_cast<const T*>(operand), offset_of, aligned};
+}
 
 // Runs `copy(step, stage)` kStages - 1 steps ahead of `multiply(stage)`.
 template <class Copy, class Multiply>
-__device__ void pipeline(int64_t steps, Copy copy, Multiply multiply) {
-#pragma unroll
+__device__ void pipeline(int steps, Copy copy, Multiply multiply) {
+#pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps)
       copy(step, step);
@@ -122,7 +137,7 @@ __device__ void pipeline(int64_t steps, Copy copy, Multiply multiply) {
   }
   int stage = 0;
 #pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     copy_async_wait<kStages - 2>();
     __syncthreads();
     // The stage that all threads have just left.

@@ -158,33 +158,41 @@ __device__ void store_sums(const GridLinear& product, int64_t row, int64_t level
   }
 }
 
+// Where the x of a column begins; -1 if it is not used. A shared x stands once for all levels.
+template <int kLevels>
+__device__ int64_t x_offset(const GridLinear& product, const MatrixTiling& shape, const Tile& tile,
+                            int column) {
+  constexpr int kTokens = kWarpColumns / kLevels;
+  const int warp = column / kWarpColumns, inside = column % kWarpColumns;
+  int64_t level = tile.level + warp / shape.token_warps * kLevels + inside / kTokens;
+  int64_t token = tile.token + warp % shape.token_warps * kTokens + inside % kTokens;
+  if (product.x_level_stride == 0) {
+    level = column < shape.tiling.tokens ? 0 : product.num_levels;
+    token = tile.token + column;
+  }
+  if (level >= product.num_levels)
+    return -1;
+  return level * product.x_level_stride +
+         (token < product.batch ? token : product.batch - 1) * product.x_stride;
+}
+
 template <class T, int kFragments, int kLevels>
 __global__ void __launch_bounds__(kThreads, 1)
     matrix_product(GridLinear product, MatrixTiling shape) {
   using Shape = MatrixShape<kFragments>;
   constexpr int kTokens = kWarpColumns / kLevels;
   const Tile tile = tile_of(shape.tiling, blockIdx.x);
-  const auto row_of = [&](int row) {
+  const auto row_of = [=](int row) {
     const int64_t found = tile.row + Shape::weight_row(row);
     return found < product.outputs ? found : product.outputs - 1;  // computed and not stored
   };
-  const Panels<T, Shape::kRows, kDepth * 2> weights([&](int row) {
-    return static_cast<const T*>(product.weight) + row_of(row) * product.weight_stride;
-  });
-  const Panels<uint8_t, Shape::kRows, kDepth> levels(
-      [&](int row) { return product.levels + row_of(row) * product.levels_stride; });
-  const Panels<T, kColumns, kDepth * 2> x([&](int column) -> const T* {
-    const int warp = column / kWarpColumns, inside = column % kWarpColumns;
-    const bool shared = product.x_level_stride == 0;
-    const int64_t level =
-        shared ? 0 : tile.level + warp / shape.token_warps * kLevels + inside / kTokens;
-    const int64_t token =
-        tile.token + (shared ? column : warp % shape.token_warps * kTokens + inside % kTokens);
-    if (level >= product.num_levels || (shared && column >= shape.tiling.tokens))
-      return nullptr;
-    return static_cast<const T*>(product.x) + level * product.x_level_stride +
-           (token < product.batch ? token : product.batch - 1) * product.x_stride;
-  });
+  const auto weights = panels<T, Shape::kRows, kDepth * 2>(
+      product.weight, [=](int row) { return row_of(row) * product.weight_stride; }, shape.aligned);
+  const auto levels = panels<uint8_t, Shape::kRows, kDepth>(
+      product.levels, [=](int row) { return row_of(row) * product.levels_stride; }, shape.aligned);
+  const auto x = panels<T, kColumns, kDepth * 2>(
+      product.x, [=](int column) { return x_offset<kLevels>(product, shape, tile, column); },
+      shape.aligned);
 
   const int warp = int(threadIdx.x / kWarp);
   const int64_t level = tile.level + warp / 2 / shape.token_warps * kLevels;
@@ -198,19 +206,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* memory = dynamic_shared<unsigned char>();
   const Reader reader = Reader::make<kFragments, kLevels>(product, shape);
   float sums[kFragments][kGroups][4] = {};
+  const int inputs = int(product.inputs);
   pipeline(
-      ceil_div(product.inputs, kDepth * shape.panels),
-      [&](int64_t step, int stage) {
+      int(ceil_div(inputs, kDepth * shape.panels)),
+      [&](int step, int stage) {
+#pragma unroll 1
         for (int i = 0; i < shape.panels; ++i) {
           unsigned char* panel = memory + (stage * shape.panels + i) * Shape::kPanelBytes;
-          const int64_t first = (step * shape.panels + i) * kDepth;
-          weights.copy(panel, first, product.inputs, shape.aligned);
-          levels.copy(panel + Shape::kWeightBytes, first, product.inputs, shape.aligned);
-          x.copy(panel + Shape::kWeightBytes + Shape::kLevelBytes, first, product.inputs,
-                 shape.aligned);
+          const int first = (step * shape.panels + i) * kDepth;
+          weights.copy(panel, first, inputs);
+          levels.copy(panel + Shape::kWeightBytes, first, inputs);
+          x.copy(panel + Shape::kWeightBytes + Shape::kLevelBytes, first, inputs);
         }
       },
       [&](int stage) {
+#pragma unroll 1
         for (int i = 0; active && i < shape.panels; ++i)
           multiply_panel<T, kFragments, kLevels>(
               memory + (stage * shape.panels + i) * Shape::kPanelBytes, reader, cuts, sums);

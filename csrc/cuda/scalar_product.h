@@ -27,10 +27,9 @@ struct ScalarShape {
   static constexpr int kRowBytes = kDepth * int(sizeof(Real));
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   static constexpr int kNumbers = kDepth / kChunks;  // of a chunk
-  using Weights = Panels<Real, kRows, kRowBytes>;
-  using Levels = Panels<uint8_t, kRows, kDepth>;
-  using X = Panels<Real, kColumns, kRowBytes>;
-  static constexpr int kPanelBytes = Weights::kSize + Levels::kSize + X::kSize;
+  static constexpr int kWeightBytes = kRows * kRowBytes;
+  static constexpr int kLevelBytes = kRows * kDepth;
+  static constexpr int kPanelBytes = kWeightBytes + kLevelBytes + kColumns * kRowBytes;
 };
 
 // A chunk of weights, or of x, and the prune levels of a chunk.
@@ -48,9 +47,9 @@ template <class Real, class Shape = ScalarShape<Real>>
 __device__ void multiply_panel(const unsigned char* panel, int row, int column, int cut,
                                Real (&sums)[Shape::kLaneRows][Shape::kLaneColumns]) {
   const auto* weights = reinterpret_cast<const Chunk<Real>*>(panel);
-  const auto* levels = reinterpret_cast<const ChunkLevels<Real>*>(panel + Shape::Weights::kSize);
+  const auto* levels = reinterpret_cast<const ChunkLevels<Real>*>(panel + Shape::kWeightBytes);
   const auto* x =
-      reinterpret_cast<const Chunk<Real>*>(panel + Shape::Weights::kSize + Shape::Levels::kSize);
+      reinterpret_cast<const Chunk<Real>*>(panel + Shape::kWeightBytes + Shape::kLevelBytes);
 #pragma unroll
   for (int c = 0; c < Shape::kChunks; ++c) {
     Chunk<Real> masked[Shape::kLaneRows];
@@ -76,30 +75,36 @@ __device__ void multiply_panel(const unsigned char* panel, int row, int column, 
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 1)
     scalar_product(GridLinear product, ScalarTiling shape) {
   using Shape = ScalarShape<Real>;
   const Tile tile = tile_of(shape.tiling, blockIdx.x);
   // Threads of a panel's adjacent rows read places next to each other, and make outputs that are
   // kLaneRows apart; columns alike.
-  const auto row_of = [&](int place) {
+  const auto row_of = [=](int place) {
     const int64_t found =
         tile.row + place % Shape::kAcross * Shape::kLaneRows + place / Shape::kAcross;
     return found < product.outputs ? found : product.outputs - 1;  // computed and not stored
   };
-  const typename Shape::Weights weights([&](int place) {
-    return static_cast<const Real*>(product.weight) + row_of(place) * product.weight_stride;
-  });
-  const typename Shape::Levels levels(
-      [&](int place) { return product.levels + row_of(place) * product.levels_stride; });
-  const typename Shape::X x([&](int place) {
-    const int64_t column = place % Shape::kAcross * Shape::kLaneColumns + place / Shape::kAcross;
-    const int64_t level = tile.level + column / shape.tiling.tokens;
-    const int64_t token = tile.token + column % shape.tiling.tokens;
-    return static_cast<const Real*>(product.x) +
-           (level < product.num_levels ? level : product.num_levels - 1) * product.x_level_stride +
-           (token < product.batch ? token : product.batch - 1) * product.x_stride;
-  });
+  const auto weights = panels<Real, Shape::kRows, Shape::kRowBytes>(
+      product.weight, [=](int place) { return row_of(place) * product.weight_stride; },
+      shape.aligned);
+  const auto levels = panels<uint8_t, Shape::kRows, Shape::kDepth>(
+      product.levels, [=](int place) { return row_of(place) * product.levels_stride; },
+      shape.aligned);
+  const auto x = panels<Real, Shape::kColumns, Shape::kRowBytes>(
+      product.x,
+      [=](int place) {
+        const int64_t column =
+            place % Shape::kAcross * Shape::kLaneColumns + place / Shape::kAcross;
+        const int64_t level = tile.level + column / shape.tiling.tokens;
+        const int64_t token = tile.token + column % shape.tiling.tokens;
+        if (level >= product.num_levels)
+          return int64_t(-1);
+        return level * product.x_level_stride +
+               (token < product.batch ? token : product.batch - 1) * product.x_stride;
+      },
+      shape.aligned);
 
   const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
   const int row = lane / 8 + warp / 2 * 4, column = lane % 8 + warp % 2 * 8;
@@ -111,15 +116,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 2)
 
   unsigned char* memory = dynamic_shared<unsigned char>();
   Real sums[Shape::kLaneRows][Shape::kLaneColumns] = {};
+  const int inputs = int(product.inputs);
   pipeline(
-      ceil_div(product.inputs, Shape::kDepth),
-      [&](int64_t step, int stage) {
+      int(ceil_div(inputs, Shape::kDepth)),
+      [&](int step, int stage) {
         unsigned char* panel = memory + stage * Shape::kPanelBytes;
-        const int64_t first = step * Shape::kDepth;
-        weights.copy(panel, first, product.inputs, shape.aligned);
-        levels.copy(panel + Shape::Weights::kSize, first, product.inputs, shape.aligned);
-        x.copy(panel + Shape::Weights::kSize + Shape::Levels::kSize, first, product.inputs,
-               shape.aligned);
+        const int first = step * Shape::kDepth;
+        weights.copy(panel, first, inputs);
+        levels.copy(panel + Shape::kWeightBytes, first, inputs);
+        x.copy(panel + Shape::kWeightBytes + Shape::kLevelBytes, first, inputs);
       },
       [&](int stage) {
         multiply_panel<Real>(memory + stage * Shape::kPanelBytes, row, column, cut, sums);
