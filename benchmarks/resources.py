@@ -102,9 +102,7 @@ def main() -> int:
             f"{row['spilled']:4d} bytes spilled: {row['kernel']} ({row['source']})"
         )
     settings = {"flags": _FLAGS[:-1], "architectures": ARCHITECTURES, "nvcc": _version()}
-    path = records.save(
-        "resources", rows, settings=settings, seconds=time.perf_counter() - start
-    )
+    path = records.save("resources", rows, settings=settings, seconds=time.perf_counter() - start)
     print(f"wrote {path}")
     return 1 if spilling(rows) else 0
 
