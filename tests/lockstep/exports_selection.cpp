@@ -54,4 +54,16 @@ void cuda_select(void** data, const int* element, const int64_t* size, int64_t t
   cuda::select(scores.data(), tensors, Element(key), rank, ranks, {keys, below, equal, nan},
                scratch.get(), nullptr);
 }
+
+void cuda_assign(void** data, const int* element, const int64_t* size, int64_t tensors, int key,
+                 const int64_t* values, int64_t cuts, const int64_t* first_level,
+                 const int64_t* ties, int64_t num_levels, const bool* straddled, int64_t* ranks,
+                 void** levels) {
+  std::vector<cuda::Levelled> levelled;
+  for (const cuda::Scores& scores : scores_of(data, element, size, tensors))
+    levelled.push_back({scores, levels[levelled.size()]});
+  const cuda::Cuts at{Element(key), cuts, num_levels, values, first_level, ties, straddled};
+  const Memory scratch(cuda::assign_scratch(levelled.data(), tensors, at));
+  cuda::assign(levelled.data(), tensors, at, ranks, scratch.get(), nullptr);
+}
 }
