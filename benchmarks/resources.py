@@ -55,7 +55,7 @@ def measure(sources: list[Path] = SOURCES) -> list[Row]:
 def spilling(rows: list[Row]) -> list[str]:
     """The kernels that spill registers to memory, in words."""
     return [
-        f"{row['kernel']} of {row['source']} for {row['architecture']} spills {row['spilled']} bytes"
+        f"{row['kernel']} of {row['source']} spills {row['spilled']} bytes on {row['architecture']}"
         for row in rows
         if row["spilled"]
     ]
