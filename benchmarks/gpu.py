@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 QUESTION = "On a GPU: how near the ceilings are the kernels, and how fast against torch's own?"
 PEERS = ()
 
-FLOOR = "reading the weights once"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -82,9 +82,28 @@ def measure(sizes: Sizes, seed: int) -> list[Row]:
         )
     torch.manual_seed(seed)
     rows = []
-    for group in (_ceilings, _selection, _products, _sweep, _convolutions, _networks, _pruning):
-        rows += _guarded(group, sizes)
+    for name, group in _groups(sizes).items():
+        rows += _guarded(name, group)
     return rows
+
+
+def _groups(sizes: Sizes) -> dict[str, Callable[[], Iterator[Row]]]:
+    """What is measured, by name; what there is a target for comes first."""
+    part = functools.partial
+    return {
+        "ceilings": part(_ceilings, sizes),
+        **{f"selection of {name}": part(_selection, name, sizes) for name in DTYPES},
+        **{
+            f"{name} products of {tokens} tokens": part(_products, name, tokens, target, sizes)
+            for name in DTYPES
+            for tokens, target in sizes.tokens
+        },
+        "pruning": part(_pruning, sizes),
+        **{s.name: part(_network, s, sizes) for s in gpu_networks.SUBJECTS},
+        **{f"sorting of {name}": part(_sorting, name, sizes) for name in DTYPES},
+        **{f"sweep of {name}": part(_sweep, name, sizes) for name in DTYPES},
+        "convolutions": part(_convolutions, sizes),
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -103,17 +122,17 @@ def settings() -> dict[str, Any]:
     }
 
 
-def _guarded(group: Callable[[Sizes], Iterator[Row]], sizes: Sizes) -> Iterator[Row]:
+def _guarded(name: str, group: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     """The rows of a group, up to one that fails, which becomes a row that says why."""
-    rows = group(sizes)
+    rows = group()
     while True:
         try:
             row = next(rows)
         except StopIteration:
             break
         except Exception as error:
-            print(f"{group.__name__[1:]} failed: {error!r}")
-            yield absent(group.__name__[1:], "everything after", f"failed: {error!r}"[:300])
+            print(f"  {name} failed: {error!r}", flush=True)
+            yield absent(name, "what is left of it", f"failed: {error!r}"[:300])
             break
         print(_line(row), flush=True)
         yield row
@@ -156,65 +175,72 @@ def _ceilings(sizes: Sizes) -> Iterator[Row]:
         }
 
 
-def _selection(sizes: Sizes) -> Iterator[Row]:
-    """Thresholds and prune levels against the floor of their bytes, and against torch's sorting."""
-    for name, dtype in DTYPES.items():
-        weights = torch.randn(sizes.weights, device="cuda", dtype=dtype).mul_(0.02)
-        ranks = [round(sizes.weights * j / sizes.levels) for j in range(sizes.levels)]
-        scores, wanted = {"w": weights}, torch.tensor(ranks, device="cuda")
-        cuts = select(scores, ranks)
-        ours = {
-            "thresholds": lambda s=[weights], k=dtype, r=wanted: (
-                torch.ops.confprune.magnitude_select(s, k, r)
-            ),
-            "levels": lambda s=scores, c=cuts: assign(s, c),
-        }
-        times = device_seconds(ours, rounds=sizes.rounds)
-        counted = torch.bincount(assign(scores, cuts)["w"], minlength=sizes.levels + 1)
-        exact = counted.cumsum(0)[:-1].tolist() == ranks
-        what = f"thresholds of {sizes.levels} levels, {sizes.weights / 1e6:g} M {name}"
-        floor = weights.nbytes / _bandwidth()
-        bound = {"bf16": 1.3, "fp32": 2.2}[name]
-        yield compare(
-            what, times["thresholds"], FLOOR, [floor], target=at_most(bound), agrees=exact
-        )
-        for peer, run, scale in _sorters(weights, sizes, ranks):
-            other = device_seconds({peer: run}, rounds=3)[peer]
-            yield compare(
-                what,
-                times["thresholds"],
-                peer,
-                other,
-                part=f"{sizes.part / 1e6:g} M weights",
-                scale=scale,
-                target=at_least(50),
-            )
-        floor = (weights.nbytes + sizes.weights) / _bandwidth()
-        yield compare(
-            f"prune levels of {sizes.levels} levels, {sizes.weights / 1e6:g} M {name}",
-            times["levels"],
-            "reading the weights and writing a byte each",
-            [floor],
-            target=at_most(1.3),
-            agrees=exact,
-        )
-        del weights, scores, ours, counted
+def _weights(name: str, sizes: Sizes) -> tuple[Tensor, list[int]]:
+    """The weights that are selected from, and the ranks of the levels' cuts."""
+    weights = torch.randn(sizes.weights, device="cuda", dtype=DTYPES[name]).mul_(0.02)
+    return weights, [round(sizes.weights * j / sizes.levels) for j in range(sizes.levels)]
 
 
-def _sorters(
-    weights: Tensor, sizes: Sizes, ranks: list[int]
-) -> Iterator[tuple[str, Callable[[], Any], float]]:
-    """Torch's ways to thresholds, on a part of the weights, with the share that they do."""
-    part = weights[: sizes.part]
-    share = sizes.weights / sizes.part
-    index = torch.tensor(ranks, device="cuda").float().div_(share).long().clamp_(1) - 1
-    yield "`torch.sort`", lambda: part.abs().sort().values[index], share
-    middle = sizes.part // 2
-    yield (
-        "`torch.kthvalue`, level by level",
-        lambda: part.abs().kthvalue(middle),
-        (share * len(ranks)),
+def _what(name: str, sizes: Sizes) -> str:
+    return f"of {sizes.levels} levels, {sizes.weights / 1e6:g} M {name}"
+
+
+def _thresholds(weights: Tensor, ranks: list[int]) -> Callable[[], Any]:
+    wanted = torch.tensor(ranks, device="cuda")
+    return lambda: torch.ops.confprune.magnitude_select([weights], weights.dtype, wanted)
+
+
+def _selection(name: str, sizes: Sizes) -> Iterator[Row]:
+    """Thresholds and prune levels against the floor of their bytes."""
+    weights, ranks = _weights(name, sizes)
+    scores = {"w": weights}
+    cuts = select(scores, ranks)
+    ours = {"thresholds": _thresholds(weights, ranks), "levels": lambda: assign(scores, cuts)}
+    times = device_seconds(ours, rounds=sizes.rounds)
+    counted = torch.bincount(assign(scores, cuts)["w"], minlength=sizes.levels + 1)
+    exact = counted.cumsum(0)[:-1].tolist() == ranks
+    yield compare(
+        f"thresholds {_what(name, sizes)}",
+        times["thresholds"],
+        "reading the weights once",
+        [weights.nbytes / _bandwidth()],
+        target=at_most({"bf16": 1.3, "fp32": 2.2}[name]),
+        agrees=exact,
     )
+    yield compare(
+        f"prune levels {_what(name, sizes)}",
+        times["levels"],
+        "reading the weights and writing a byte each",
+        [(weights.nbytes + sizes.weights) / _bandwidth()],
+        target=at_most(1.3),
+        agrees=exact,
+    )
+
+
+def _sorting(name: str, sizes: Sizes) -> Iterator[Row]:
+    """Thresholds against torch's ways to them, on a part of the weights."""
+    weights, ranks = _weights(name, sizes)
+    part, share = weights[: sizes.part], sizes.weights / sizes.part
+    index = torch.tensor(ranks, device="cuda").float().div_(share).long().clamp_(1) - 1
+    middle = sizes.part // 2
+    ours = device_seconds({"": _thresholds(weights, ranks)}, rounds=sizes.rounds)[""]
+    for peer, run, scale in (
+        ("`torch.sort`", lambda: part.abs().sort().values[index], share),
+        (
+            "`torch.kthvalue`, level by level",
+            lambda: part.abs().kthvalue(middle),
+            share * len(ranks),
+        ),
+    ):
+        yield compare(
+            f"thresholds {_what(name, sizes)}",
+            ours,
+            peer,
+            device_seconds({peer: run}, rounds=3)[peer],
+            part=f"{sizes.part / 1e6:g} M weights",
+            scale=scale,
+            target=at_least(50),
+        )
 
 
 def _layer(
@@ -246,40 +272,36 @@ def _all_at_once(x: Tensor, weight: Tensor, prune: Tensor, level: Tensor) -> Ten
     return torch.bmm(x, _masked(weight, prune, level).mT)
 
 
-def _products(sizes: Sizes) -> Iterator[Row]:
+def _products(name: str, tokens: int, target: float, sizes: Sizes) -> Iterator[Row]:
     """The grid product against the better of both peers, with its rate and its memory."""
-    for name, dtype in DTYPES.items():
-        for tokens, target in sizes.tokens:
-            case = _layer(sizes.width, sizes.width, sizes.product_levels, tokens, dtype)
-            x, weight, prune, level = case
-            ours = functools.partial(_grid_linear, *case)
-            contenders = {
-                "confprune": ours,
-                "masking and cuBLAS, level by level": functools.partial(_one_by_one, *case),
-                "K masked weights and `torch.bmm`": functools.partial(_all_at_once, *case),
-            }
-            times = device_seconds(contenders, rounds=sizes.rounds)
-            own = times.pop("confprune")
-            best = min(times, key=lambda peer: spread(times[peer])["median"])
-            expected = _one_by_one(*case).double()
-            error = (ours().double() - expected).abs().max() / expected.abs().max()
-            flops = 2 * x.numel() * len(weight)
-            fused = on_cuda.fused(tokens, weight, prune)
-            extra = extra_bytes(ours) - expected.numel() * weight.element_size()
-            yield compare(
-                f"{name} product of {sizes.width} x {sizes.width}, K = {sizes.product_levels}, "
-                f"{tokens} tokens a level",
-                own,
-                best,
-                times[best],
-                target=at_least(target if name == "bf16" else 0),
-                agrees=bool(error < {"bf16": 2e-2, "fp32": 1e-5}[name]),
-                way="masked on the way" if fused else "written out",
-                tflops=round_digits(flops / spread(own)["median"] / 1e12),
-                extra_share=round_digits(max(0, extra) / (len(level) * weight.nbytes)),
-                others={peer: spread(values) for peer, values in times.items()},
-            )
-            del case, x, weight, prune, level, expected, ours, contenders
+    case = _layer(sizes.width, sizes.width, sizes.product_levels, tokens, DTYPES[name])
+    x, weight, prune, level = case
+    ours = functools.partial(_grid_linear, *case)
+    contenders = {
+        "confprune": ours,
+        "masking and cuBLAS, level by level": functools.partial(_one_by_one, *case),
+        "K masked weights and `torch.bmm`": functools.partial(_all_at_once, *case),
+    }
+    times = device_seconds(contenders, rounds=sizes.rounds)
+    own = times.pop("confprune")
+    best = min(times, key=lambda peer: spread(times[peer])["median"])
+    expected = _one_by_one(*case).double()
+    error = (ours().double() - expected).abs().max() / expected.abs().max()
+    extra = extra_bytes(ours) - expected.numel() * weight.element_size()
+    fused = on_cuda.fused(tokens, weight, prune)
+    yield compare(
+        f"{name} product of {sizes.width} x {sizes.width}, K = {sizes.product_levels}, "
+        f"{tokens} tokens a level",
+        own,
+        best,
+        times[best],
+        target=at_least(target if name == "bf16" else 0),
+        agrees=bool(error < {"bf16": 2e-2, "fp32": 1e-5}[name]),
+        way="masked on the way" if fused else "written out",
+        tflops=round_digits(2 * x.numel() * len(weight) / spread(own)["median"] / 1e12),
+        extra_share=round_digits(max(0, extra) / (len(level) * weight.nbytes)),
+        others={peer: spread(values) for peer, values in times.items()},
+    )
 
 
 def _grid_linear(x: Tensor, weight: Tensor, prune: Tensor, level: Tensor) -> Tensor:
@@ -289,30 +311,23 @@ def _grid_linear(x: Tensor, weight: Tensor, prune: Tensor, level: Tensor) -> Ten
     return y
 
 
-def _sweep(sizes: Sizes) -> Iterator[Row]:
+def _sweep(name: str, sizes: Sizes) -> Iterator[Row]:
     """Where writing masked weights out overtakes masking on the way, for one x and for K."""
-    for name, dtype in DTYPES.items():
-        for outputs, inputs in sizes.shapes:
-            for shared in (False, True):
-                for tokens in sizes.sweep:
-                    case = _layer(outputs, inputs, sizes.product_levels, tokens, dtype)
-                    x, weight, prune, level = case
-                    x = x[:1] if shared else x
-                    contenders = {
-                        "fused": functools.partial(
-                            torch.ops.confprune.masked_linear, x, weight, prune, level
-                        ),
-                        "written": functools.partial(
-                            materialised.grid_linear, x, weight, prune, level
-                        ),
-                    }
-                    times = device_seconds(contenders, rounds=5)
-                    yield {
-                        "sweep": f"{name} {outputs} x {inputs}" + (", one x" if shared else ""),
-                        "dtype": name,
-                        "tokens": tokens,
-                        **{way: spread(values) for way, values in times.items()},
-                    }
+    for (outputs, inputs), shared, tokens in itertools.product(
+        sizes.shapes, (False, True), sizes.sweep
+    ):
+        x, *others = _layer(outputs, inputs, sizes.product_levels, tokens, DTYPES[name])
+        case = (x[:1] if shared else x, *others)
+        contenders = {
+            "fused": functools.partial(torch.ops.confprune.masked_linear, *case),
+            "written": functools.partial(materialised.grid_linear, *case),
+        }
+        times = device_seconds(contenders, rounds=5)
+        yield {
+            "sweep": f"{name} {outputs} x {inputs}" + (", one x" if shared else ""),
+            "tokens": tokens,
+            **{way: spread(values) for way, values in times.items()},
+        }
 
 
 def _convolutions(sizes: Sizes) -> Iterator[Row]:
@@ -349,10 +364,9 @@ def _convolutions(sizes: Sizes) -> Iterator[Row]:
         }
 
 
-def _networks(sizes: Sizes) -> Iterator[Row]:
-    """Calibrations against the level-by-level loop, to the same certified level."""
-    for subject in gpu_networks.SUBJECTS:
-        yield gpu_networks.row(subject, sizes.examples, sizes.levels, rounds=3)
+def _network(subject: gpu_networks.Subject, sizes: Sizes) -> Iterator[Row]:
+    """A calibration against the level-by-level loop, to the same certified level."""
+    yield gpu_networks.row(subject, sizes.examples, sizes.levels, rounds=3)
 
 
 def _pruning(sizes: Sizes) -> Iterator[Row]:
