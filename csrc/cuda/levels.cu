@@ -151,13 +151,13 @@ class Worker {
     using Bits = typename Format<kFrom>::Bits;
     constexpr int kEach = 16 / int(sizeof(Bits));
     unsigned* const counts = equals().count;
+    const Cut<kKey>* const cuts = Shared::kNarrow ? shared().cuts : list_;
     const auto code_at = [&](Bits bits) {
-      const Cut<kKey>* const cuts = Shared::kNarrow ? shared().cuts : list_;
-      const unsigned code =
-          code_of<kKey, Code>(key_of<kFrom, kKey>(bits), cells_, shared().entries, cuts);
+      return code_of<kKey, Code>(key_of<kFrom, kKey>(bits), cells_, shared().entries, cuts);
+    };
+    const auto count = [&](unsigned code) {
       if (code & kTie<Code>)
         atomicAdd(counts + (code & ~kTie<Code>), 1u);
-      return code;
     };
     const int vectors = aligned(data) ? size / kEach : 0;
 #pragma unroll 1
@@ -170,15 +170,24 @@ class Worker {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v)
         if (from + v * kThreads < vectors) {
-          Pack<sizeof(Code), kEach> codes;
+          unsigned code[kEach];  // all of them before a branch is taken on one
 #pragma unroll
           for (int i = 0; i < kEach; ++i)
-            codes.set(i, code_at(unpack<Bits>(read[v], i)));
+            code[i] = code_at(unpack<Bits>(read[v], i));
+          Pack<sizeof(Code), kEach> codes;
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            count(code[i]);
+            codes.set(i, code[i]);
+          }
           codes.store(shared().codes + (from + v * kThreads) * kEach);
         }
     }
-    for (int i = vectors * kEach + int(threadIdx.x); i < size; i += kThreads)
-      shared().codes[i] = Code(code_at(data[i]));
+    for (int i = vectors * kEach + int(threadIdx.x); i < size; i += kThreads) {
+      const unsigned code = code_at(data[i]);
+      count(code);
+      shared().codes[i] = Code(code);
+    }
   }
 
   // From the counts of equals to their levels.
