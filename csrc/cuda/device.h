@@ -80,10 +80,17 @@ inline __device__ void pause() {
 }
 
 // Copies 16 aligned bytes to shared memory while the thread goes on. Copies are committed in
-// groups; a wait leaves the latest `kPending` groups under way.
+// groups; a wait leaves the latest `kPending` groups under way. Where there is nothing to copy,
+// zeros are written.
 inline __device__ void copy_async(void* shared, const void* global) {
   const unsigned address = unsigned(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+inline __device__ void copy_async_or_zero(void* shared, const void* global, bool copy) {
+  const unsigned address = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(copy ? 16 : 0)
+               : "memory");
 }
 inline __device__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -98,6 +105,7 @@ __device__ void copy_async_wait() {
 using lockstep::clear;
 using lockstep::copy_async;
 using lockstep::copy_async_commit;
+using lockstep::copy_async_or_zero;
 using lockstep::copy_async_wait;
 using lockstep::dynamic_shared;
 using lockstep::launch;

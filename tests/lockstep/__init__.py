@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).parent
@@ -28,3 +30,16 @@ def build(folder: Path, *flags: str) -> ctypes.CDLL:
     library = folder / "lockstep.so"
     subprocess.run([*compiler, *flags, "-shared", *objects, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+@cache
+def library(*flags: str) -> ctypes.CDLL:
+    """Load what `build` makes; it is kept under build/ for as long as no source changes."""
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted([*_CSRC.rglob("*.h"), *_CSRC.glob("cuda/*.cu"), *_HERE.glob("*.*")]):
+        digest.update(path.read_bytes())
+    folder = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16]
+    if (folder / "lockstep.so").is_file():
+        return ctypes.CDLL(str(folder / "lockstep.so"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return build(folder, *flags)

@@ -355,13 +355,17 @@ inline void pause() {
   Machine::instance().pause();
 }
 
-inline void copy_async(void* shared, const void* global) {
+inline void copy_async_or_zero(void* shared, const void* global, bool copy) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("an asynchronous copy of bytes that are not aligned to 16");
-  Copy copy{shared, {}};
-  std::memcpy(copy.from, global, 16);
+  Copy bytes{shared, {}};
+  if (copy)
+    std::memcpy(bytes.from, global, 16);
   std::memset(shared, 0xcd, 16);  // nothing is there before the wait
-  Machine::instance().current().copies.back().push_back(copy);
+  Machine::instance().current().copies.back().push_back(bytes);
+}
+inline void copy_async(void* shared, const void* global) {
+  copy_async_or_zero(shared, global, true);
 }
 inline void copy_async_commit() {
   Machine::instance().current().copies.emplace_back();
@@ -446,6 +450,15 @@ inline int __clz(int value) {
 }
 inline int __clzll(long long value) {
   return value == 0 ? 64 : __builtin_clzll((unsigned long long)value);
+}
+
+// Four bytes of the eight of `y` and `x`, chosen by the digits of `choice`.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned choice) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= unsigned(bytes >> (8 * (choice >> 4 * i & 7)) & 0xff) << 8 * i;
+  return result;
 }
 
 template <class T>
