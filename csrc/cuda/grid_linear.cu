@@ -1,8 +1,6 @@
 // Chooses the kernel and the tiles of a masked product, and starts it.
 #include "cuda/grid_linear.h"
 
-#include <utility>
-
 #include "cuda/grid_tiles.h"
 #include "cuda/matrix_product.h"
 #include "cuda/scalar_product.h"
@@ -11,99 +9,110 @@ namespace confprune::cuda {
 namespace grid {
 namespace {
 
-bool aligned(const void* pointer, int64_t stride_bytes = 0) {
+bool aligned(const void* pointer, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0 && stride_bytes % kChunkBytes == 0;
 }
 
-// Whether chunks of all operands are aligned, and whole.
-bool aligned_operands(const GridLinear& product, int64_t bytes) {
-  return aligned(product.x, product.x_stride * bytes) &&
-         aligned(product.x, product.x_level_stride * bytes) &&
-         aligned(product.weight, product.weight_stride * bytes) &&
-         aligned(product.levels, product.levels_stride) && product.inputs % kChunkBytes == 0;
+// Chunks of operands must be whole as well.
+Alignment alignment_of(const GridLinear& product, int64_t bytes) {
+  const bool operands = aligned(product.x, product.x_stride * bytes) &&
+                        aligned(product.x, product.x_level_stride * bytes) &&
+                        aligned(product.weight, product.weight_stride * bytes) &&
+                        aligned(product.levels, product.levels_stride) &&
+                        product.inputs % kChunkBytes == 0;
+  return {operands, aligned(product.y, product.outputs * bytes)};
 }
 
-// What a multiprocessor takes at most for the blocks that fall to it, in units of `block`.
-int64_t time_of(const Tiling& tiling, int64_t block) {
-  return ceil_div(tiling.blocks(), device().multiprocessors) * block;
-}
+// The tiling that takes the multiprocessor with most blocks least long.
+class Choice {
+ public:
+  explicit Choice(const Device& device) : multiprocessors_(device.multiprocessors) {}
 
-template <class T, int kFragments, int kLevels>
-void launch_matrix(const GridLinear& product, int token_warps, Stream stream) {
-  using Shape = MatrixShape<kFragments>;
-  constexpr int kTokens = kWarpColumns / kLevels;
-  MatrixTiling shape{
-      tiling(product, Shape::kRows, kTokens * token_warps, kLevels * kWarpsAcross / token_warps),
-      token_warps, 1, aligned_operands(product, sizeof(T)),
-      aligned(product.y, product.outputs * int64_t(sizeof(T)))};
-  // Two panels at once halve the barriers, and read whole lines of 128 bytes.
-  if (2 * kStages * Shape::kPanelBytes <= device().shared_bytes)
-    shape.panels = 2;
-  launch(matrix_product<T, kFragments, kLevels>, dim3(unsigned(shape.tiling.blocks())),
-         dim3(kThreads), size_t(shape.panels * kStages * Shape::kPanelBytes), stream, product,
-         shape);
-}
+  // Whether this one, whose blocks take `block`, is the best so far.
+  bool better(const Tiling& tiling, int64_t block) {
+    const int64_t time = ceil_div(tiling.blocks(), multiprocessors_) * block;
+    const bool better = time < least_;
+    least_ = better ? time : least_;
+    return better;
+  }
 
-// One way to stand warps over the levels and tokens of a tile.
-struct MatrixWay {
-  int fragments, levels, token_warps;
+ private:
+  int64_t multiprocessors_;
+  int64_t least_ = INT64_MAX;
 };
 
-MatrixWay choose(const GridLinear& product) {
-  // Instructions that go with a matrix instruction and are not of the mask, itself included, by
-  // what it takes; and those of a panel that do not grow with its fragments.
-  constexpr int64_t kMultiply = 7, kPanel = 3;
+// A tile of the matrix product: 16 `fragments` rows and `levels` levels a warp.
+struct MatrixWay {
+  int fragments, levels;
+  Tiling tiling;
+};
+
+MatrixWay matrix_way(const GridLinear& product, const Device& device) {
+  // Instructions for a matrix instruction beside those of the mask, and for a panel whatever its
+  // rows: read off the compiled loop, a matrix instruction taken for six.
+  constexpr int kMultiply = 7, kPanel = 3;
   MatrixWay best{};
-  int64_t least = INT64_MAX;
+  Choice choice(device);
   for (const int fragments : {4, 2})
-    for (const auto& [levels, token_warps] :
-         {std::pair(8, 1), {4, 1}, {2, 1}, {1, 1}, {1, 2}, {1, 4}}) {
-      const Tiling tiles = tiling(product, 32 * fragments, kWarpColumns / levels * token_warps,
-                                  levels * kWarpsAcross / token_warps);
-      const int64_t time = time_of(tiles, fragments * (kMultiply + levels) + kPanel);
-      if (time < least)
-        least = time, best = {fragments, levels, token_warps};
-    }
+    for (const int levels : {8, 4, 2, 1})
+      for (const int token_warps : {1, 2, 4}) {
+        const Tiling tiling =
+            tiling_of(product, 32 * fragments, kWarpColumns / levels * token_warps,
+                      levels * kWarpsAcross / token_warps);
+        if (choice.better(tiling, fragments * (kMultiply + levels) + kPanel))
+          best = {fragments, levels, tiling};
+      }
   return best;
 }
 
+template <class T, int kFragments, int kLevels>
+void launch_matrix(const GridLinear& product, const Tiling& tiling, const Device& device,
+                   Stream stream) {
+  constexpr int kBytes = kStages * MatrixTile<kFragments>::Layout::kBytes;
+  // Two panels at once halve the barriers, and read whole lines of 128 bytes.
+  const int panels = 2 * kBytes <= device.shared_bytes ? 2 : 1;
+  launch(matrix_product<T, kFragments, kLevels>, dim3(unsigned(tiling.blocks())), dim3(kThreads),
+         size_t(panels * kBytes), stream, product, tiling, alignment_of(product, sizeof(T)),
+         panels);
+}
+
 template <class T, int kFragments>
-void matrix_by_levels(const GridLinear& product, const MatrixWay& way, Stream stream) {
+void launch_matrix(const GridLinear& product, const MatrixWay& way, const Device& device,
+                   Stream stream) {
   switch (way.levels) {
     case 8:
-      return launch_matrix<T, kFragments, 8>(product, way.token_warps, stream);
+      return launch_matrix<T, kFragments, 8>(product, way.tiling, device, stream);
     case 4:
-      return launch_matrix<T, kFragments, 4>(product, way.token_warps, stream);
+      return launch_matrix<T, kFragments, 4>(product, way.tiling, device, stream);
     case 2:
-      return launch_matrix<T, kFragments, 2>(product, way.token_warps, stream);
+      return launch_matrix<T, kFragments, 2>(product, way.tiling, device, stream);
     default:
-      return launch_matrix<T, kFragments, 1>(product, way.token_warps, stream);
+      return launch_matrix<T, kFragments, 1>(product, way.tiling, device, stream);
   }
 }
 
 template <class T>
-void matrix(const GridLinear& product, Stream stream) {
-  const MatrixWay way = choose(product);
+void matrix(const GridLinear& product, const Device& device, Stream stream) {
+  const MatrixWay way = matrix_way(product, device);
   if (way.fragments == 4)
-    matrix_by_levels<T, 4>(product, way, stream);
+    launch_matrix<T, 4>(product, way, device, stream);
   else
-    matrix_by_levels<T, 2>(product, way, stream);
+    launch_matrix<T, 2>(product, way, device, stream);
 }
 
 template <class Real>
-void scalar(const GridLinear& product, Stream stream) {
-  using Shape = ScalarShape<Real>;
-  ScalarTiling shape{{},
-                     aligned_operands(product, sizeof(Real)),
-                     aligned(product.y, product.outputs * int64_t(sizeof(Real)))};
-  int64_t least = INT64_MAX;
-  for (int tokens = Shape::kColumns; tokens >= Shape::kLaneColumns; tokens /= 2) {
-    const Tiling tiles = tiling(product, Shape::kRows, tokens, Shape::kColumns / tokens);
-    if (time_of(tiles, 1) < least)
-      least = time_of(tiles, 1), shape.tiling = tiles;
+void scalar(const GridLinear& product, const Device& device, Stream stream) {
+  using Size = ScalarTile<Real>;
+  Tiling best{};
+  Choice choice(device);
+  for (int tokens = Size::kColumns; tokens >= Size::kLaneColumns; tokens /= 2) {
+    const Tiling tiling = tiling_of(product, Size::kRows, tokens, Size::kColumns / tokens);
+    if (choice.better(tiling, 1))
+      best = tiling;
   }
-  launch(scalar_product<Real>, dim3(unsigned(shape.tiling.blocks())), dim3(kThreads),
-         size_t(kStages * Shape::kPanelBytes), stream, product, shape);
+  launch(scalar_product<Real>, dim3(unsigned(best.blocks())), dim3(kThreads),
+         size_t(kStages * Size::Layout::kBytes), stream, product, best,
+         alignment_of(product, sizeof(Real)));
 }
 
 }  // namespace
@@ -112,15 +121,16 @@ void scalar(const GridLinear& product, Stream stream) {
 void grid_linear(const GridLinear& product, Stream stream) {
   if (product.num_levels == 0 || product.batch == 0 || product.outputs == 0)
     return;
+  const Device found = device();
   switch (product.element) {
     case Element::bfloat16:
-      return grid::matrix<BFloat16>(product, stream);
+      return grid::matrix<BFloat16>(product, found, stream);
     case Element::float16:
-      return grid::matrix<Half>(product, stream);
+      return grid::matrix<Half>(product, found, stream);
     case Element::float32:
-      return grid::scalar<float>(product, stream);
+      return grid::scalar<float>(product, found, stream);
     case Element::float64:
-      return grid::scalar<double>(product, stream);
+      return grid::scalar<double>(product, found, stream);
   }
 }
 

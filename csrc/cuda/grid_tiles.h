@@ -21,20 +21,25 @@ inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) {
 
 // How a product is cut into tiles, one a block.
 struct Tiling {
-  int64_t rows, tokens, levels;  // of a tile
-  int64_t row_tiles, token_tiles, level_tiles;
+  int rows, tokens, levels;  // of a tile
+  int row_tiles, token_tiles, level_tiles;
 
-  int64_t blocks() const { return row_tiles * token_tiles * level_tiles; }
+  int64_t blocks() const { return int64_t(row_tiles) * token_tiles * level_tiles; }
 };
 
-inline Tiling tiling(const GridLinear& product, int64_t rows, int64_t tokens, int64_t levels) {
+inline Tiling tiling_of(const GridLinear& product, int rows, int tokens, int levels) {
   return {rows,
           tokens,
           levels,
-          ceil_div(product.outputs, rows),
-          ceil_div(product.batch, tokens),
-          ceil_div(product.num_levels, levels)};
+          int(ceil_div(product.outputs, rows)),
+          int(ceil_div(product.batch, tokens)),
+          int(ceil_div(product.num_levels, levels))};
 }
+
+// What may be read and written in chunks.
+struct Alignment {
+  bool operands, y;
+};
 
 // Where a tile begins.
 struct Tile {
@@ -45,14 +50,16 @@ struct Tile {
 // tokens, which the L2 cache then holds: up to eight tiles of rows, then the next tokens.
 inline __device__ Tile tile_of(const Tiling& tiling, unsigned block) {
   constexpr unsigned kTogether = 8;
-  const unsigned columns = unsigned(tiling.token_tiles * tiling.level_tiles);
+  const unsigned token_tiles = unsigned(tiling.token_tiles);
+  const unsigned columns = token_tiles * unsigned(tiling.level_tiles);
   const unsigned first = block / (kTogether * columns) * kTogether;
   const unsigned place = block % (kTogether * columns);
   const unsigned left = unsigned(tiling.row_tiles) - first;
   const unsigned together = left < kTogether ? left : kTogether;
-  const unsigned column = place / together, token_tiles = unsigned(tiling.token_tiles);
-  return {tiling.rows * (first + place % together), tiling.tokens * (column % token_tiles),
-          tiling.levels * (column / token_tiles)};
+  const unsigned column = place / together;
+  return {int64_t(tiling.rows) * (first + place % together),
+          int64_t(tiling.tokens) * (column % token_tiles),
+          int64_t(tiling.levels) * (column / token_tiles)};
 }
 
 // Where a chunk lies in a panel of rows of kChunks chunks, in chunks. Turned so that eight lanes
@@ -62,13 +69,13 @@ __device__ int place_of(int row, int chunk) {
   return row * kChunks + (chunk ^ (row * kChunks / 8 % kChunks));
 }
 
-// One operand's panels: kRows rows of kBytes bytes, copied by all threads of the block.
-// `offset_of(row)` is where a row begins, in numbers, or negative where the row is not used.
-template <class T, int kRows, int kBytes, class Offset>
+// A block's panels of one operand: kRows rows of kBytes bytes. `offset_of(row)` is where the inputs
+// of a row begin, in numbers, or negative where the row is not used.
+template <class T, int kRows, int kBytes>
 class Panels {
  public:
-  __device__ Panels(const T* operand, Offset offset_of, bool aligned)
-      : operand_(operand), offset_of_(offset_of), aligned_(aligned) {
+  template <class Offset>
+  __device__ explicit Panels(Offset offset_of) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int64_t offset = row(i) < kRows ? offset_of(row(i)) : -1;
@@ -76,18 +83,30 @@ class Panels {
     }
   }
 
-  // Begins to copy the inputs from `first` on; zeros stand for those from `inputs` on. Rows that
-  // are not aligned to chunks are copied at once, number by number.
-  __device__ void copy(unsigned char* panel, int first, int inputs) const {
-    if (!aligned_)
-      return copy_numbers(panel, first, inputs);
+  // Begins to copy the inputs from `first` on; zeros stand for those from `inputs` on. All rows are
+  // aligned to chunks.
+  __device__ void copy(unsigned char* panel, const T* operand, int first, int inputs) const {
     const int at = first + chunk() * kNumbers;
-    const T* inside = operand_ + (at < inputs ? at : 0);
+    const T* inside = operand + (at < inputs ? at : 0);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
       if (chunks_[i] != kUnused)
-        copy_async_or_zero(panel + kChunkBytes * place_of<kChunks>(row(i), chunk()),
-                           inside + int64_t(chunks_[i]) * kNumbers, at < inputs);
+        copy_async_or_zero(place(panel, i), inside + int64_t(chunks_[i]) * kNumbers, at < inputs);
+  }
+
+  // Copies any rows, number by number, at once.
+  template <class Offset>
+  static __device__ void copy_numbers(unsigned char* panel, const T* operand, int first, int inputs,
+                                      Offset offset_of) {
+    const int at = first + chunk() * kNumbers;
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i) {
+      const int64_t offset = row(i) < kRows ? offset_of(row(i)) : -1;
+      T* to = reinterpret_cast<T*>(place(panel, i));
+#pragma unroll 1
+      for (int n = 0; offset >= 0 && n < kNumbers; ++n)
+        to[n] = at + n < inputs ? operand[offset + at + n] : T{};
+    }
   }
 
  private:
@@ -95,35 +114,78 @@ class Panels {
   static constexpr int kNumbers = kChunkBytes / int(sizeof(T));
   static constexpr int kCopies = (kRows * kChunks + kThreads - 1) / kThreads;
   static constexpr unsigned kUnused = ~0u;
-  static_assert(kThreads % kChunks == 0, "a thread's copies are of one chunk of different rows");
+  static_assert(kThreads % kChunks == 0, "a thread copies one chunk, of different rows");
 
   static __device__ int chunk() { return int(threadIdx.x) % kChunks; }
   static __device__ int row(int i) { return (int(threadIdx.x) + i * kThreads) / kChunks; }
-
-  __device__ void copy_numbers(unsigned char* panel, int first, int inputs) const {
-    const int at = first + chunk() * kNumbers;
-#pragma unroll 1
-    for (int i = 0; i < kCopies; ++i) {
-      const int64_t offset = row(i) < kRows ? offset_of_(row(i)) : -1;
-      if (offset < 0)
-        continue;
-      T* to = reinterpret_cast<T*>(panel + kChunkBytes * place_of<kChunks>(row(i), chunk()));
-#pragma unroll 1
-      for (int n = 0; n < kNumbers; ++n)
-        to[n] = at + n < inputs ? operand_[offset + at + n] : T{};
-    }
+  static __device__ unsigned char* place(unsigned char* panel, int i) {
+    return panel + kChunkBytes * place_of<kChunks>(row(i), chunk());
   }
 
-  const T* operand_;
-  Offset offset_of_;
-  bool aligned_;
   unsigned chunks_[kCopies];  // where the rows begin, in chunks: half the registers of pointers
 };
 
-template <class T, int kRows, int kBytes, class Offset>
-__device__ Panels<T, kRows, kBytes, Offset> panels(const void* operand, Offset offset_of,
-                                                   bool aligned) {
-  return {static_cast<const T*>(operand), offset_of, aligned};
+// Where the operands lie in a panel of kDepth inputs: weights, prune levels, x.
+template <class T, int kRows, int kColumns, int kDepth>
+struct PanelLayout {
+  static constexpr int kLevels = kRows * kDepth * int(sizeof(T));
+  static constexpr int kX = kLevels + kRows * kDepth;
+  static constexpr int kBytes = kX + kColumns * kDepth * int(sizeof(T));
+};
+
+// The operands of a block. `row_of(i)` is the row of the weight that stands in row i of its panel,
+// `x_of(i)` is where the x of column i begins, negative where there is none.
+template <class T, int kRows, int kColumns, int kDepth, class Row, class X>
+class Operands {
+ public:
+  __device__ Operands(const GridLinear& product, bool aligned, Row row_of, X x_of)
+      : product_(product),
+        aligned_(aligned),
+        row_of_(row_of),
+        x_of_(x_of),
+        weights_([this](int i) { return row(i) * product_.weight_stride; }),
+        levels_([this](int i) { return row(i) * product_.levels_stride; }),
+        x_(x_of) {}
+
+  // Begins to copy the panel of the inputs from `first` on.
+  __device__ void copy(unsigned char* panel, int first) const {
+    using Layout = PanelLayout<T, kRows, kColumns, kDepth>;
+    const T* weight = static_cast<const T*>(product_.weight);
+    const T* x = static_cast<const T*>(product_.x);
+    const int inputs = int(product_.inputs);
+    if (aligned_) {
+      weights_.copy(panel, weight, first, inputs);
+      levels_.copy(panel + Layout::kLevels, product_.levels, first, inputs);
+      x_.copy(panel + Layout::kX, x, first, inputs);
+      return;
+    }
+    weights_.copy_numbers(panel, weight, first, inputs,
+                          [this](int i) { return row(i) * product_.weight_stride; });
+    levels_.copy_numbers(panel + Layout::kLevels, product_.levels, first, inputs,
+                         [this](int i) { return row(i) * product_.levels_stride; });
+    x_.copy_numbers(panel + Layout::kX, x, first, inputs, x_of_);
+  }
+
+ private:
+  // Rows beyond the last are computed and not stored.
+  __device__ int64_t row(int i) const {
+    const int64_t found = row_of_(i);
+    return found < product_.outputs ? found : product_.outputs - 1;
+  }
+
+  GridLinear product_;
+  bool aligned_;
+  Row row_of_;
+  X x_of_;
+  Panels<T, kRows, kDepth* int(sizeof(T))> weights_;
+  Panels<uint8_t, kRows, kDepth> levels_;
+  Panels<T, kColumns, kDepth* int(sizeof(T))> x_;
+};
+
+template <class T, int kRows, int kColumns, int kDepth, class Row, class X>
+__device__ Operands<T, kRows, kColumns, kDepth, Row, X> operands(const GridLinear& product,
+                                                                 bool aligned, Row row_of, X x_of) {
+  return {product, aligned, row_of, x_of};
 }
 
 // Runs `copy(step, stage)` kStages - 1 steps ahead of `multiply(stage)`.

@@ -20,34 +20,59 @@ namespace confprune::cuda::grid {
 
 constexpr int kDepth = 32;        // inputs of a panel
 constexpr int kWarpColumns = 64;  // of a warp
-constexpr int kColumnGroup = 8;   // of a matrix instruction
-constexpr int kGroups = kWarpColumns / kColumnGroup;
-constexpr int kWarpsAcross = 4;  // over the columns of a block; two over its rows
+constexpr int kWarpsAcross = 4;   // over the columns of a block; two over its rows
 constexpr int kColumns = kWarpColumns * kWarpsAcross;
+constexpr int kGroups = kWarpColumns / 8;  // of the columns of one matrix instruction
 
-// The block: its tiling, and how its warps stand.
-struct MatrixTiling {
-  Tiling tiling;
-  int token_warps;  // side by side over the tokens of the same levels
-  int panels;       // that are copied at once
-  bool aligned;     // rows of the operands, to chunks
-  bool aligned_y;
-};
-
+// What the size of a block's tile fixes.
 template <int kFragments>
-struct MatrixShape {
+struct MatrixTile {
   static constexpr int kWarpRows = 16 * kFragments;
   static constexpr int kRows = 2 * kWarpRows;
   static constexpr int kLaneRows = 2 * kFragments;  // adjacent rows of a lane
-  static constexpr int kWeightBytes = kRows * kDepth * 2;
-  static constexpr int kLevelBytes = kRows * kDepth;
-  static constexpr int kPanelBytes = kWeightBytes + kLevelBytes + kColumns * kDepth * 2;
+  using Layout = PanelLayout<uint16_t, kRows, kColumns, kDepth>;
 
   // The row of the weight that stands in a row of its panel: eight lanes read adjacent rows of the
   // panel for rows of the weight that are kLaneRows apart.
   static __device__ int weight_row(int row) {
     const int place = row % kWarpRows;
     return row - place + place / 8 + place % 8 * kLaneRows;
+  }
+};
+
+// The columns of a block: those of a warp are kTokens tokens at kLevels levels, and warps stand
+// side by side over the tokens of a tile, then over its levels. An x that all levels share comes to
+// shared memory once.
+template <int kLevels>
+struct Columns {
+  static constexpr int kTokens = kWarpColumns / kLevels;
+
+  Tile tile;
+  int token_warps;
+  bool shared;
+
+  __device__ Columns(const GridLinear& product, const Tiling& tiling, const Tile& tile)
+      : tile(tile), token_warps(tiling.tokens / kTokens), shared(product.x_level_stride == 0) {}
+
+  // Of a warp of the block.
+  __device__ int64_t level(int warp) const { return tile.level + warp / token_warps * kLevels; }
+  __device__ int64_t token(int warp) const { return tile.token + warp % token_warps * kTokens; }
+
+  // Where the x of a warp begins, in columns of its panel.
+  __device__ int first(int warp) const {
+    return shared ? warp % token_warps * kTokens : warp * kWarpColumns;
+  }
+
+  // Where the x of a column of the panel begins, in numbers; -1 if there is none.
+  __device__ int64_t x_of(const GridLinear& product, int column) const {
+    const int warp = shared ? column / kTokens : column / kWarpColumns;
+    const int inside = column % kWarpColumns;
+    const int64_t at = shared ? 0 : level(warp) + inside / kTokens;
+    const int64_t wanted = token(warp) + inside % kTokens;
+    if (at >= product.num_levels || (shared && warp >= token_warps))
+      return -1;
+    return at * product.x_level_stride +
+           (wanted < product.batch ? wanted : product.batch - 1) * product.x_stride;
   }
 };
 
@@ -64,41 +89,35 @@ __device__ uint32_t spread(uint32_t levels) {
   return __byte_perm(levels, 0x40404040u, kPair == 0 ? 0x4140 : 0x4342);
 }
 
-// What a lane reads of a panel, in chunks: its places do not change from panel to panel.
-struct Reader {
+// Where a lane reads in every panel: in pieces of 16 bytes, of prune levels in pieces of 8.
+struct Places {
   int weights, levels, x;
   int x_level;  // from the x of a level to that of the next
-
-  template <int kFragments, int kLevels>
-  static __device__ Reader make(const GridLinear& product, const MatrixTiling& shape) {
-    constexpr int kTokens = kWarpColumns / kLevels;
-    const int lane = int(threadIdx.x % kWarp), warp = int(threadIdx.x / kWarp);
-    const int g = lane / 4, t = lane % 4, column_warp = warp / 2;
-    const int row = warp % 2 * MatrixShape<kFragments>::kWarpRows + g;
-    const bool shared = product.x_level_stride == 0;
-    const int column =
-        (shared ? column_warp % shape.token_warps * kTokens : column_warp * kWarpColumns) + g;
-    return {place_of<4>(row, t), 2 * place_of<2>(row, t / 2) + t % 2, place_of<4>(column, t),
-            shared ? 0 : kTokens * 4};
-  }
 };
+
+template <int kFragments, int kLevels>
+__device__ Places places_of(const Columns<kLevels>& columns, int row_warp, int column_warp) {
+  const int g = int(threadIdx.x % kWarp) / 4, t = int(threadIdx.x % kWarp) % 4;
+  const int row = row_warp * MatrixTile<kFragments>::kWarpRows + g;
+  return {place_of<4>(row, t), 2 * place_of<2>(row, t / 2) + t % 2,
+          place_of<4>(columns.first(column_warp) + g, t), columns.shared ? 0 : columns.kTokens * 4};
+}
 
 // Adds the products of one panel.
 template <class T, int kFragments, int kLevels>
-__device__ void multiply_panel(const unsigned char* panel, const Reader& reader,
+__device__ void multiply_panel(const unsigned char* panel, const Places& places,
                                const uint32_t (&cuts)[kLevels],
                                float (&sums)[kFragments][kGroups][4]) {
-  using Shape = MatrixShape<kFragments>;
+  using Layout = typename MatrixTile<kFragments>::Layout;
   constexpr int kLevelGroups = kGroups / kLevels;
-  const uint4* weights = reinterpret_cast<const uint4*>(panel) + reader.weights;
-  const uint2* levels = reinterpret_cast<const uint2*>(panel + Shape::kWeightBytes) + reader.levels;
-  const uint4* x =
-      reinterpret_cast<const uint4*>(panel + Shape::kWeightBytes + Shape::kLevelBytes) + reader.x;
+  const uint4* weights = reinterpret_cast<const uint4*>(panel) + places.weights;
+  const uint2* levels = reinterpret_cast<const uint2*>(panel + Layout::kLevels) + places.levels;
+  const uint4* x = reinterpret_cast<const uint4*>(panel + Layout::kX) + places.x;
 
   uint32_t b[kGroups][2][2];
 #pragma unroll
   for (int n = 0; n < kGroups; ++n) {
-    const uint4 chunk = x[n / kLevelGroups * reader.x_level + n % kLevelGroups * kColumnGroup * 4];
+    const uint4 chunk = x[n / kLevelGroups * places.x_level + n % kLevelGroups * 8 * 4];
     b[n][0][0] = chunk.x, b[n][0][1] = chunk.y, b[n][1][0] = chunk.z, b[n][1][1] = chunk.w;
   }
 #pragma unroll
@@ -140,7 +159,7 @@ __device__ void store_sums(const GridLinear& product, int64_t row, int64_t level
   for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const int column = n * kColumnGroup + 2 * t + side;
+      const int column = n * 8 + 2 * t + side;
       const int64_t k = level + column / kTokens, at = token + column % kTokens;
       if (k >= product.num_levels || at >= product.batch)
         continue;
@@ -158,76 +177,44 @@ __device__ void store_sums(const GridLinear& product, int64_t row, int64_t level
   }
 }
 
-// Where the x of a column begins; -1 if it is not used. A shared x stands once for all levels.
-template <int kLevels>
-__device__ int64_t x_offset(const GridLinear& product, const MatrixTiling& shape, const Tile& tile,
-                            int column) {
-  constexpr int kTokens = kWarpColumns / kLevels;
-  const int warp = column / kWarpColumns, inside = column % kWarpColumns;
-  int64_t level = tile.level + warp / shape.token_warps * kLevels + inside / kTokens;
-  int64_t token = tile.token + warp % shape.token_warps * kTokens + inside % kTokens;
-  if (product.x_level_stride == 0) {
-    level = column < shape.tiling.tokens ? 0 : product.num_levels;
-    token = tile.token + column;
-  }
-  if (level >= product.num_levels)
-    return -1;
-  return level * product.x_level_stride +
-         (token < product.batch ? token : product.batch - 1) * product.x_stride;
-}
-
 template <class T, int kFragments, int kLevels>
 __global__ void __launch_bounds__(kThreads, 1)
-    matrix_product(GridLinear product, MatrixTiling shape) {
-  using Shape = MatrixShape<kFragments>;
-  constexpr int kTokens = kWarpColumns / kLevels;
-  const Tile tile = tile_of(shape.tiling, blockIdx.x);
-  const auto row_of = [=](int row) {
-    const int64_t found = tile.row + Shape::weight_row(row);
-    return found < product.outputs ? found : product.outputs - 1;  // computed and not stored
-  };
-  const auto weights = panels<T, Shape::kRows, kDepth * 2>(
-      product.weight, [=](int row) { return row_of(row) * product.weight_stride; }, shape.aligned);
-  const auto levels = panels<uint8_t, Shape::kRows, kDepth>(
-      product.levels, [=](int row) { return row_of(row) * product.levels_stride; }, shape.aligned);
-  const auto x = panels<T, kColumns, kDepth * 2>(
-      product.x, [=](int column) { return x_offset<kLevels>(product, shape, tile, column); },
-      shape.aligned);
-
-  const int warp = int(threadIdx.x / kWarp);
-  const int64_t level = tile.level + warp / 2 / shape.token_warps * kLevels;
-  const int64_t token = tile.token + warp / 2 % shape.token_warps * kTokens;
+    matrix_product(GridLinear product, Tiling tiling, Alignment aligned, int panels) {
+  using Size = MatrixTile<kFragments>;
+  const Tile tile = tile_of(tiling, blockIdx.x);
+  const Columns<kLevels> columns(product, tiling, tile);
+  const int row_warp = int(threadIdx.x / kWarp) % 2, column_warp = int(threadIdx.x / kWarp) / 2;
+  const int64_t level = columns.level(column_warp), token = columns.token(column_warp);
   const bool active = level < product.num_levels && token < product.batch;
   uint32_t cuts[kLevels];
 #pragma unroll
   for (int i = 0; i < kLevels; ++i)
     cuts[i] = cut_of(level + i < product.num_levels ? product.level[level + i] : 255);
 
+  const auto sources = operands<T, Size::kRows, kColumns, kDepth>(
+      product, aligned.operands, [=](int row) { return tile.row + Size::weight_row(row); },
+      [=](int column) { return columns.x_of(product, column); });
+  const Places places = places_of<kFragments>(columns, row_warp, column_warp);
   unsigned char* memory = dynamic_shared<unsigned char>();
-  const Reader reader = Reader::make<kFragments, kLevels>(product, shape);
+  const int stage_bytes = panels * Size::Layout::kBytes;
   float sums[kFragments][kGroups][4] = {};
-  const int inputs = int(product.inputs);
   pipeline(
-      int(ceil_div(inputs, kDepth * shape.panels)),
+      int(ceil_div(product.inputs, kDepth * panels)),
       [&](int step, int stage) {
 #pragma unroll 1
-        for (int i = 0; i < shape.panels; ++i) {
-          unsigned char* panel = memory + (stage * shape.panels + i) * Shape::kPanelBytes;
-          const int first = (step * shape.panels + i) * kDepth;
-          weights.copy(panel, first, inputs);
-          levels.copy(panel + Shape::kWeightBytes, first, inputs);
-          x.copy(panel + Shape::kWeightBytes + Shape::kLevelBytes, first, inputs);
-        }
+        for (int i = 0; i < panels; ++i)
+          sources.copy(memory + stage * stage_bytes + i * Size::Layout::kBytes,
+                       (step * panels + i) * kDepth);
       },
       [&](int stage) {
 #pragma unroll 1
-        for (int i = 0; active && i < shape.panels; ++i)
-          multiply_panel<T, kFragments, kLevels>(
-              memory + (stage * shape.panels + i) * Shape::kPanelBytes, reader, cuts, sums);
+        for (int i = 0; active && i < panels; ++i)
+          multiply_panel<T>(memory + stage * stage_bytes + i * Size::Layout::kBytes, places, cuts,
+                            sums);
       });
   if (active)
-    store_sums<T, kFragments, kLevels>(product, tile.row + warp % 2 * Shape::kWarpRows, level,
-                                       token, shape.aligned_y, sums);
+    store_sums<T, kFragments, kLevels>(product, tile.row + row_warp * Size::kWarpRows, level, token,
+                                       aligned.y, sums);
 }
 
 }  // namespace confprune::cuda::grid

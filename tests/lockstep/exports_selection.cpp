@@ -66,4 +66,17 @@ void cuda_assign(void** data, const int* element, const int64_t* size, int64_t t
   const Memory scratch(cuda::assign_scratch(levelled.data(), tensors, at));
   cuda::assign(levelled.data(), tensors, at, ranks, scratch.get(), nullptr);
 }
+
+void cuda_histogram(void* data, int element, int64_t size, int key, int shift, int digit_bits,
+                    const int64_t* prefixes, int64_t rows, int64_t* counts) {
+  cuda::histogram({data, Element(element), size}, {Element(key), shift, digit_bits, prefixes, rows},
+                  counts, nullptr);
+}
+
+void cuda_collect(void* data, int element, int64_t size, int key, int shift,
+                  const int64_t* prefixes, const int64_t* low, const int64_t* high, int64_t rows,
+                  int64_t capacity, int64_t* keys, int64_t* found, int64_t* below) {
+  cuda::collect({data, Element(element), size}, {Element(key), shift, prefixes, low, high, rows},
+                capacity, keys, found, below, nullptr);
+}
 }
