@@ -1,7 +1,6 @@
 // csrc/cuda/selection.h and levels.h for ctypes: their scratch memory comes from here.
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "cuda/levels.h"
@@ -15,19 +14,15 @@ namespace cuda = confprune::cuda;
 // Scratch memory of just the size that was asked for, with rubbish in it.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : bytes_(static_cast<char*>(std::malloc(bytes + kAlignment))) {
-    const size_t over = reinterpret_cast<uintptr_t>(bytes_) % kAlignment;
-    offset_ = kAlignment - over;
-    // The end of the part is the end of what a sanitizer allows.
-    std::memset(bytes_, 0xa5, bytes + kAlignment);
+  explicit Memory(size_t bytes) : bytes_(std::aligned_alloc(256, bytes)) {
+    std::memset(bytes_, 0xa5, bytes);
   }
+  Memory(const Memory&) = delete;
   ~Memory() { std::free(bytes_); }
-  void* get() const { return bytes_ + offset_; }
+  void* get() const { return bytes_; }
 
  private:
-  static constexpr size_t kAlignment = 256;
-  char* bytes_;
-  size_t offset_;
+  void* bytes_;
 };
 
 std::vector<cuda::Scores> scores_of(void** data, const int* element, const int64_t* size,
