@@ -86,12 +86,14 @@ class Panels {
   // Begins to copy the inputs from `first` on; zeros stand for those from `inputs` on. All rows are
   // aligned to chunks.
   __device__ void copy(unsigned char* panel, const T* operand, int first, int inputs) const {
-    const int at = first + chunk() * kNumbers;
-    const T* inside = operand + (at < inputs ? at : 0);
+    const auto* bytes = reinterpret_cast<const unsigned char*>(operand);
+    const unsigned at = unsigned(first) / kNumbers + unsigned(chunk());
+    const bool inside = at * kNumbers < unsigned(inputs);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
-      if (chunks_[i] != kUnused)
-        copy_async_or_zero(place(panel, i), inside + int64_t(chunks_[i]) * kNumbers, at < inputs);
+      if (kRows * kChunks % kThreads == 0 || row(i) < kRows)
+        copy_async_or_zero(place(panel, i), bytes + uint64_t(chunks_[i] + at) * kChunkBytes,
+                           inside && chunks_[i] != kUnused);
   }
 
   // Copies any rows, number by number, at once.
@@ -114,12 +116,13 @@ class Panels {
   static constexpr int kNumbers = kChunkBytes / int(sizeof(T));
   static constexpr int kCopies = (kRows * kChunks + kThreads - 1) / kThreads;
   static constexpr unsigned kUnused = ~0u;
-  static_assert(kThreads % kChunks == 0, "a thread copies one chunk, of different rows");
+  static_assert(kThreads % (8 * kChunks) == 0, "a thread copies one chunk, of different rows");
 
   static __device__ int chunk() { return int(threadIdx.x) % kChunks; }
   static __device__ int row(int i) { return (int(threadIdx.x) + i * kThreads) / kChunks; }
+  // Rows that are a multiple of eight apart are turned alike.
   static __device__ unsigned char* place(unsigned char* panel, int i) {
-    return panel + kChunkBytes * place_of<kChunks>(row(i), chunk());
+    return panel + kChunkBytes * (place_of<kChunks>(row(0), chunk()) + i * kThreads);
   }
 
   unsigned chunks_[kCopies];  // where the rows begin, in chunks: half the registers of pointers

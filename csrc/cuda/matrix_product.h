@@ -130,9 +130,9 @@ __device__ void multiply_panel(const unsigned char* panel, const Places& places,
         {spread<0>(over.x), spread<0>(under.x), spread<1>(over.x), spread<1>(under.x)},
         {spread<0>(over.y), spread<0>(under.y), spread<1>(over.y), spread<1>(under.y)}};
 #pragma unroll
-    for (int level = 0; level < kLevels; ++level) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int level = 0; level < kLevels; ++level) {
         uint32_t masked[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r)
