@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import DTYPES, GEOMETRIES, conv_case, integers, linear_case, slow_conv, slow_linear
+from test_ops import (
+    DTYPES,
+    GEOMETRIES,
+    conv_case,
+    integers,
+    linear_case,
+    random_levels,
+    slow_conv,
+    slow_linear,
+)
 
-from confprune.grid import materialised
+from confprune.grid import materialised, on_cuda
 from confprune.grid.materialised import grid_conv, grid_linear
 
 
@@ -104,3 +113,65 @@ def test_nothing_to_multiply(budget):
     assert run_linear(x, bias, level, weight, levels, budget=budget).shape == (4, 0, 21)
     empty = run_linear(x[:1], bias, level[:0], weight, levels, budget=budget)
     assert empty.shape == (0, 0, 21)
+
+
+class TestOnCuda:
+    """What is registered for CUDA, as far as it runs anywhere."""
+
+    @pytest.fixture(autouse=True)
+    def written_out(self, monkeypatch):
+        for dtype in DTYPES:
+            monkeypatch.setitem(on_cuda.FUSED_VECTORS, dtype, 0)
+
+    @pytest.mark.parametrize("batch_minor", [False, True])
+    def test_a_linear_layer_by_the_operators_arguments(self, batch_minor):
+        x, bias, level, weight, levels = case = linear_case()
+        bias = torch.nn.Parameter(bias)
+        y = on_cuda.grid_linear(x, bias, level, [weight, levels], 21, 0, batch_minor)
+        assert torch.equal(y, slow_linear(*case))
+        assert y.mT.is_contiguous() if batch_minor else y.is_contiguous()
+
+    def test_a_convolution_by_the_operators_arguments(self):
+        tensors, geometry = conv_case((5, 6), padding=1)
+        x, bias, level, weight, levels = tensors
+        y = on_cuda.grid_conv(x, bias, level, [weight, levels], 6, 0, [3, 3], **geometry)
+        assert torch.equal(y, slow_conv(*tensors, **geometry))
+
+    def test_prefix_rows_are_of_the_cpu(self):
+        x, bias, level, weight, levels = linear_case()
+        with pytest.raises(ValueError, match="the weight and its prune levels, got 4 tensors"):
+            on_cuda.grid_linear(x, bias, level, [weight] * 4, 21, 0, False)
+
+    def test_an_argument_on_another_device_is_named(self):
+        x, bias, level, weight, levels = linear_case()
+        with pytest.raises(ValueError, match="levels is on meta but x is on cpu"):
+            on_cuda.grid_linear(x, bias, level, [weight, levels.to("meta")], 21, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"levels": torch.zeros(2, 3).byte()}, ValueError, r"weight has shape \[3, 2\] but levels"),
+        ({"levels": torch.zeros(3, 2).int()}, TypeError, "levels must be uint8 or int16, got Int"),
+        ({"level": torch.tensor([0, 1]).int()}, TypeError, "level must be a contiguous int64"),
+    ],
+)
+def test_masked_weights_of_wrong_arguments_are_refused(changes, error, message):
+    arguments = {
+        "weight": torch.zeros(3, 2),
+        "levels": torch.zeros(3, 2).byte(),
+        "level": torch.tensor([0]),
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.confprune.masked_weights(**(arguments | changes))
+
+
+@pytest.mark.parametrize("num_levels", [7, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_weights_are_the_weight_where_it_survives(dtype, num_levels):
+    weight, levels = torch.randn(4, 3, 2).to(dtype), random_levels((4, 3, 2), num_levels)
+    level = torch.tensor([0, 2, num_levels - 1])
+    masked = torch.ops.confprune.masked_weights(weight, levels, level)
+    expected = [torch.where(levels > j, weight, 0) for j in level.tolist()]
+    assert torch.equal(masked, torch.stack(expected))
+    torch.library.opcheck(torch.ops.confprune.masked_weights.default, (weight, levels, level))

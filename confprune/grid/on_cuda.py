@@ -40,6 +40,7 @@ def fused(vectors: int, weight: Tensor, levels: Tensor) -> bool:
     return levels.dtype == torch.uint8 and vectors <= FUSED_VECTORS[weight.dtype]
 
 
+@torch.no_grad()
 def grid_linear(
     x: Tensor,
     bias: Tensor | None,
@@ -61,6 +62,7 @@ def grid_linear(
     return y.mT.contiguous().mT if batch_minor else y  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
 def grid_conv(
     x: Tensor,
     bias: Tensor | None,
