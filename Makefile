@@ -3,6 +3,7 @@
 # make lint     formatting, style and types
 # make format   write the formatting that `make lint` asks for
 # make bench    the benchmarks
+# make sanitize the GPU tests under compute-sanitizer, on a machine with a GPU
 # make clean    remove what was built here, the environment included
 #
 # PYTHON=  the interpreter (3.10 or later) that makes the environment .venv
@@ -22,7 +23,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 # Reports why a step failed, after what the step itself printed, and stops.
 stop = { printf '\nconfprune: %s\n' "$(1)" >&2; exit 1; }
 
-.PHONY: demo test lint format bench clean FORCE
+.PHONY: demo test lint format bench sanitize clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(DONE)/build
@@ -44,6 +45,17 @@ format: $(DONE)/lint
 
 bench: $(DONE)/bench
 	@$(BIN)/python -m benchmarks
+
+# Memory out of bounds, races in shared memory, and barriers that not all threads reach.
+sanitize: $(DONE)/test
+	@command -v compute-sanitizer >/dev/null \
+	    || $(call stop,compute-sanitizer was not found: it comes with the CUDA toolkit)
+	@for tool in memcheck racecheck synccheck; do \
+	    echo "compute-sanitizer --tool $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(BIN)/python -m pytest -q -x -m cuda tests/test_cuda_ops.py -k 'not memory and not wait' \
+	        || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist demo htmlcov confprune.egg-info confprune/_C*.so .coverage*

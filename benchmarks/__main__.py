@@ -28,6 +28,12 @@ SPEED = (
 """Measured with a clock, or by counting, in this process."""
 
 BENCHMARKS = (*STATISTICS, *SPEED)
+"""What is run where nothing is named."""
+
+ON_GPU = ("gpu",)
+"""Run by name only: most machines have no GPU."""
+
+EVERY = (*BENCHMARKS, *ON_GPU)
 SUMMARIZED = ("selection", "matrix", "calibrate")
 """Whose rows against peers are in the README of the repository."""
 
@@ -40,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     names = options.benchmarks or list(BENCHMARKS)
-    unknown = [name for name in names if name not in (*BENCHMARKS, "tables")]
+    unknown = [name for name in names if name not in (*EVERY, "tables")]
     if unknown:
-        parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+        parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(EVERY)}")
     if options.draws is not None and options.draws < FEWEST_DRAWS:
         parser.error(f"--draws {options.draws} is too few to say anything; at least {FEWEST_DRAWS}")
     skipped = [name for name in names if name != "tables" and not _run(name, options)]
@@ -58,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="\n".join(
             [
                 "benchmarks:",
-                *(f"  {name:13s} {_module(name).QUESTION}" for name in BENCHMARKS),
+                *(f"  {name:13s} {_module(name).QUESTION}" for name in EVERY),
                 "  tables        Only write the tables of the stored results into the READMEs.",
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="which; default: all")
+    parser.add_argument("benchmarks", nargs="*", metavar="NAME", help="which; default: all but gpu")
     parser.add_argument("--quick", action="store_true", help="small runs, stored apart")
     parser.add_argument("--plot", action="store_true", help="only draw the stored results again")
     parser.add_argument("--seed", type=int, default=2026, help="seed of the random numbers")
@@ -133,7 +139,7 @@ def write_tables(folder: Path = FOLDER) -> None:
 
     The summary goes into the README of the repository, one folder up.
     """
-    stored = {name: records.load(name) for name in BENCHMARKS}
+    stored = {name: records.load(name) for name in EVERY}
     content = {
         name: f"{_module(name).tables(record)}\n\n{records.provenance(record)}"
         for name, record in stored.items()

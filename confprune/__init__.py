@@ -17,6 +17,7 @@ from confprune.certificate import Certificate, VerificationError
 from confprune.input_norms import input_norms
 from confprune.levels import PruneLevels, prune_levels
 from confprune.losses import Loss, Reference
+from confprune.ops import build_info
 from confprune.risk.looks import LookPlan
 from confprune.risk.planning import simulate
 from confprune.risks import Risk, confident
@@ -30,6 +31,7 @@ __all__ = [
     "Risk",
     "VerificationError",
     "__version__",
+    "build_info",
     "calibrate",
     "calibrate_losses",
     "checkpoint",

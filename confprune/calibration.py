@@ -17,9 +17,10 @@ from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
 from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, evaluate_all
-from confprune.grid import ACTIVATION_BYTES, GridForward
+from confprune.grid import GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
+from confprune.ops import check_kernels
 from confprune.parameters import ParameterFilter
 from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
@@ -48,7 +49,7 @@ def loss_matrix(
     *,
     forward: Forward | None = None,
     batch_size: int | None = None,
-    activation_bytes: int = ACTIVATION_BYTES,
+    activation_bytes: int | None = None,
     progress: bool = True,
 ) -> Tensor:
     """The loss of every example at every level, in one pass over the data.
@@ -66,10 +67,11 @@ def loss_matrix(
         For models that are not called with the inputs alone.
     batch_size : int, optional
         For data that is not in batches yet; default 256.
-    activation_bytes : int
-        Memory for the activations of a chunk of levels and examples; as many as torch has threads,
-        up to four, are evaluated side by side, unless `forward`, a loss of your own, or a hook
-        might keep something between its calls. The result does not depend on it.
+    activation_bytes : int, optional
+        Memory for the activations of a chunk of levels and examples; default 64 MiB, or an eighth
+        of a GPU's memory. On the CPU as many chunks as torch has threads, up to four, are evaluated
+        side by side, unless `forward`, a loss of your own, or a hook might keep something between
+        its calls. The result does not depend on it.
     progress : bool
         Show a progress bar.
 
@@ -201,7 +203,7 @@ def calibrate(
     forward: Forward | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
-    activation_bytes: int = ACTIVATION_BYTES,
+    activation_bytes: int | None = None,
     seed: int = 0,
     progress: bool = True,
     group: ProcessGroup | None = None,
@@ -264,10 +266,11 @@ def calibrate(
         For data that is not in batches yet; default 256.
     device : optional
         Where to run; default where the model is. A model elsewhere is copied there.
-    activation_bytes : int
-        Memory for the activations of a chunk of levels and examples; as many as torch has threads,
-        up to four, are evaluated side by side, unless `forward`, a loss of your own, or a hook
-        might keep something between its calls.
+    activation_bytes : int, optional
+        Memory for the activations of a chunk of levels and examples; default 64 MiB, or an eighth
+        of a GPU's memory. On the CPU as many chunks as torch has threads, up to four, are evaluated
+        side by side, unless `forward`, a loss of your own, or a hook might keep something between
+        its calls.
     seed : int
         Of the order of the examples; recorded in the certificate.
     progress : bool
@@ -335,6 +338,7 @@ def calibrate(
         )
         question.check(data, len(ways))
         where = model if device is None else _on_device(model, device)
+        check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {
             "forward": forward,
             "batch_size": batch_size,
@@ -342,7 +346,7 @@ def calibrate(
         }
         found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
         levels = [
-            prune_levels(model, grid, parameters=parameters, statistics=found, **way._asdict())
+            prune_levels(where, grid, parameters=parameters, statistics=found, **way._asdict())
             for way in ways
         ]
         return certify(

@@ -49,7 +49,7 @@ def certify(
     *,
     forward: Forward | None,
     batch_size: int | None,
-    activation_bytes: int,
+    activation_bytes: int | None,
     progress: bool,
     ranks: Ranks,
 ) -> Certificate:

@@ -160,5 +160,5 @@ def _counts(levels: Iterable[Tensor], size: int) -> Tensor:
     """How many weights are pruned at each of so many levels, [K] int64."""
     counts = torch.zeros(size + 1, dtype=torch.int64)
     for tensor in levels:
-        counts += torch.bincount(tensor.flatten(), minlength=size + 1)
+        counts += torch.bincount(tensor.flatten(), minlength=size + 1).cpu()
     return counts.cumsum(0)[:-1]

@@ -68,6 +68,27 @@ class Evidence:
         return matrix, counted
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Losses where they were computed, until a test asks for them: a device need not be waited for.
+
+    Attributes
+    ----------
+    values : Tensor [L or L + 1, B, A]
+        The losses, and what `accept` gave.
+    active : [A] int
+        Their candidates.
+    first : int
+        Place of the first example in the order of evaluation.
+    labels : group of each example, or None
+    """
+
+    values: Tensor
+    active: IntArray
+    first: int
+    labels: NDArray[np.str_] | None
+
+
 class Evaluation:
     """The losses of candidates on batches of data.
 
@@ -85,6 +106,11 @@ class Evaluation:
         Who else evaluates: all go through the same data, and each chunk of examples is for one.
         The chunks are those of a single process, because a network's outputs on an example may
         depend in the last bits on how many others are with it.
+
+    Attributes
+    ----------
+    waits : bool
+        Whether `completed` waits for a device, and is best called once a look.
     """
 
     def __init__(
@@ -106,6 +132,7 @@ class Evaluation:
         self.ranks = ranks
         self._share = itertools.cycle([rank == ranks.rank for rank in range(ranks.size)])
         self._seen = 0
+        self.waits = next(model.parameters()).device.type != "cpu"
         self._order: Tensor | None = None
         self._bar = tqdm(disable=True)
         self.selective = accept is not None
@@ -130,7 +157,7 @@ class Evaluation:
         ):
             yield stream
 
-    def __call__(self, batch: Any, active: IntArray) -> Evidence:
+    def __call__(self, batch: Any, active: IntArray) -> Measured:
         """Evaluate the candidates at `active` [A] on the next examples.
 
         What other ranks evaluate is 0 in it, until `completed`.
@@ -138,11 +165,11 @@ class Evaluation:
         Raises
         ------
         ValueError
-            If a loss is NaN or outside [0, 1].
+            If a loss is NaN or outside [0, 1]; from a device other than the CPU `completed` says
+            so.
         """
         size = batch_length(batch)
-        measures = len(self.losses) + (self._accept is not None)
-        values = torch.empty(measures, size, len(active), dtype=torch.float32)
+        parts, order = [], []
         grid_of, level_of = self._candidates[active].T
         grids = np.unique(grid_of)
         for g in grids:
@@ -152,16 +179,20 @@ class Evaluation:
             grid = self._grids[g]
             last = g == grids[-1]
             done = self._bar.update if last else None
-            part = grid.evaluate(batch, levels, done=done, share=self._share)
-            for loss, matrix in zip(self.losses, part, strict=False):
-                self._check_values(matrix, loss, levels, grid.levels.sparsities)
-            values[:, :, columns] = part
-        self._seen += size
-        accepted = None if self._accept is None else (values[-1] > 0.5).numpy()
+            parts.append(grid.evaluate(batch, levels, done=done, share=self._share))
+            order.append(columns)
         labels = None
         if self._groups is not None:
             labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
-        return Evidence(values[: len(self.losses)].clamp_(0, 1).numpy(), accepted, labels)
+        values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if np.any(np.diff(np.concatenate(order)) < 0):
+            index = torch.from_numpy(np.argsort(np.concatenate(order)))
+            values = values[..., index.to(values.device, non_blocking=True)]
+        measured = Measured(values, active, self._seen, labels)
+        if values.device.type == "cpu":
+            self._check_values(measured)
+        self._seen += size
+        return measured
 
     def capacity(self, batch: Any, active: IntArray) -> int:
         """The most examples that cost little more than one at the candidates at `active` [A]."""
@@ -169,8 +200,20 @@ class Evaluation:
         pairs = zip(self._grids, levels, strict=True)
         return min(grid.capacity(batch, count) for grid, count in pairs if count)
 
-    def completed(self, evidence: Evidence) -> Evidence:
-        """The evidence with what every rank has evaluated of it."""
+    def completed(self, measured: Measured) -> Evidence:
+        """The evidence on the host, with what every rank has evaluated of it.
+
+        Raises
+        ------
+        ValueError
+            If a loss is NaN or outside [0, 1].
+        """
+        if measured.values.device.type != "cpu":
+            measured = replace(measured, values=measured.values.cpu())
+            self._check_values(measured)
+        values = measured.values.clamp_(0, 1).numpy()
+        accepted = None if self._accept is None else values[-1] > 0.5
+        evidence = Evidence(values[: len(self.losses)], accepted, measured.labels)
         if self.ranks.size == 1:
             return evidence
         accepted = evidence.accepted
@@ -179,25 +222,29 @@ class Evaluation:
         # One number and zeros: their sum is exact in any order.
         return replace(evidence, losses=self.ranks.sum(evidence.losses), accepted=accepted)
 
-    def _check_values(
-        self, values: Tensor, loss: Loss, levels: Sequence[int], sparsities: Sequence[float]
-    ) -> None:
+    def _check_values(self, measured: Measured) -> None:
         """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
-        wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
-        if loss.binary:
-            wrong |= (values != 0) & (values != 1)
-        if not wrong.any():
-            return
-        row, column = (int(index) for index in wrong.nonzero()[0])
-        value, level = float(values[row, column]), levels[column]
-        position = self._seen + row
-        example = position if self._order is None else int(self._order[position])
-        raise ValueError(
-            f"loss {loss.name!r} is {value:g} for example {example} at level {level} "
-            f"(sparsity {sparsities[level]:g}); losses must be "
-            + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
-            + ("" if value == value else ": the network's outputs are NaN there, or the loss is")
-        )
+        for loss, values in zip(self.losses, measured.values, strict=False):
+            wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
+            if loss.binary:
+                wrong |= (values != 0) & (values != 1)
+            if not wrong.any():
+                continue
+            row, column = (int(index) for index in wrong.nonzero()[0])
+            value = float(values[row, column])
+            grid, level = self._candidates[measured.active[column]].tolist()
+            position = measured.first + row
+            example = position if self._order is None else int(self._order[position])
+            raise ValueError(
+                f"loss {loss.name!r} is {value:g} for example {example} at level {level} "
+                f"(sparsity {self._grids[grid].levels.sparsities[level]:g}); losses must be "
+                + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
+                + (
+                    ""
+                    if value == value
+                    else ": the network's outputs are NaN there, or the loss is"
+                )
+            )
 
 
 def evaluate_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from confprune.batches import batch_length, slice_batch
-from confprune.evaluation import Evaluation, Evidence
+from confprune.evaluation import Evaluation, Evidence, Measured
 from confprune.losses import Loss
 from confprune.risk.bounds import upper_bound, upper_bound_from_sums
 from confprune.risk.inputs import FloatArray, loss_sums
@@ -113,7 +114,8 @@ def early_test(
         procedure=procedure.name,
     )
     accepted = np.zeros(len(evaluation))
-    seen, pending = 0, list[Evidence]()
+    seen, pending = 0, list[Measured]()
+    most = math.inf if evaluation.waits else evaluation.ranks.size
     with evaluation.stream(data, batch_size, order, progress) as stream:
         for batch in stream:
             begin, size = 0, batch_length(batch)
@@ -122,7 +124,7 @@ def early_test(
                 pending.append(evaluation(slice_batch(batch, begin, end), test.active))
                 seen += end - begin
                 begin = end
-                if seen >= test.next_look or len(pending) == evaluation.ranks.size:
+                if seen >= test.next_look or len(pending) == most:
                     accepted += _take_in(test, evaluation, targets, pending)
                     pending.clear()
             if test.finished:
@@ -153,7 +155,7 @@ def _take_in(
     test: SequentialTest,
     evaluation: Evaluation,
     targets: Sequence[Target],
-    pending: Sequence[Evidence],
+    pending: Sequence[Measured],
 ) -> FloatArray:
     """Test on evidence of the levels that were active, look by look; how often each accepted."""
     active, accepted = test.active, np.zeros(len(evaluation))

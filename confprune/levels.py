@@ -18,6 +18,7 @@ from confprune.competition import check_scope, check_split, compete
 from confprune.criteria import CriterionLike, Scores, Statistics, resolve_criterion
 from confprune.distributed import ALONE, Ranks
 from confprune.layout import inputs_first as find_inputs_first
+from confprune.ops import check_kernels
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
 from confprune.patterns import resolve_pattern
 from confprune.sharding import aligned, layer_counts, sharding_of
@@ -254,6 +255,7 @@ def levels_of(
     [False, True]
     """
     grid = check_sparsities(sparsities)
+    check_kernels(tensor.device for tensor in tensors.values())
     chosen, structure = resolve_criterion(criterion), resolve_pattern(pattern)
     scope = check_scope(scope, chosen, structure)
     layout = dict(inputs_first or {})

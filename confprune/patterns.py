@@ -108,8 +108,8 @@ def levels_in_rows(matrix: Tensor, counts: np.ndarray) -> Tensor:
     """
     size = matrix.shape[1]
     of_rank = np.searchsorted(counts, np.arange(size), side="right")
-    by_rank = torch.from_numpy(of_rank).to(_level_type(len(counts)))
-    levels = torch.empty(matrix.shape, dtype=by_rank.dtype)
+    by_rank = torch.from_numpy(of_rank).to(matrix.device, _level_type(len(counts)))
+    levels = torch.empty(matrix.shape, dtype=by_rank.dtype, device=matrix.device)
     step = max(1, _CHUNK // max(1, size))
     for begin in range(0, len(matrix), step):
         rows = matrix[begin : begin + step].abs()
@@ -182,7 +182,9 @@ def levels_of_blocks(
 ) -> tuple[tuple[float, ...], dict[str, Tensor]]:
     """The sparsities nearest to a grid that whole blocks reach, and the prune levels there.
 
-    Blocks at the edge of a weight may be smaller. At least one block survives.
+    Blocks at the edge of a weight may be smaller. At least one block survives. The scores of blocks
+    are summed on the CPU, whatever device holds the weights: other orders of addition would order
+    blocks otherwise.
 
     Parameters
     ----------
@@ -194,7 +196,7 @@ def levels_of_blocks(
     units: dict[str, _Units] = {}
     for name, tensor in scores.items():
         shapes[name] = tensor.shape
-        units[name] = _units(outputs_first(tensor, inputs_first.get(name, 0)), pattern)
+        units[name] = _units(outputs_first(tensor.cpu(), inputs_first.get(name, 0)), pattern)
     importance = [unit.shares() if by_layer else unit.scores.flatten() for unit in units.values()]
     sizes = torch.cat([unit.sizes.flatten() for unit in units.values()])
     order = torch.argsort(torch.cat(importance), stable=True)

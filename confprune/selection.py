@@ -9,10 +9,13 @@ instead. 16-bit floats need one read, the others two.
 
 Counts add, and a few keys are soon gathered: so the scores may be split over the ranks of a process
 group, and what passes between these is small beside the scores.
+
+Scores on one CUDA device are selected there from end to end, and only the cuts come to the host.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,7 +92,7 @@ def select(
     Parameters
     ----------
     scores : mapping from name to tensor
-        CPU tensors of any shape and strides; their absolute values count.
+        Of any shape and strides, on the CPU or CUDA devices; their absolute values count.
     counts : [K]
         Non-decreasing, each at most the number of scores.
     key : torch.dtype, optional
@@ -113,6 +116,8 @@ def select(
     """
     key = key or key_type(scores)
     rank = np.asarray(counts, dtype=np.int64)  # the cut is the rank-th smallest key, from 1
+    if ranks.size == 1 and (together := _on_one_device(scores)) is not None:
+        return _select_on_device(scores, together, rank, key)
     total = int(rank.max(initial=0))  # to count all scores could mean to make them
     cutting = np.flatnonzero(rank > 0)
     below = np.zeros(len(rank), dtype=np.int64)  # keys smaller than every key with this prefix
@@ -125,8 +130,8 @@ def select(
         digit_bits = min(shift, _FIRST_DIGIT if first else _next_digit(len(prefixes), total))
         shift -= digit_bits
         histogram = ranks.sum(_count(scores, key, prefixes, shift, digit_bits))
-        if first:
-            _check_nan(scores, key, histogram[0], shift)
+        if first and histogram[0, infinity_key(key) >> shift :].any():
+            _check_nan(scores)
         cumulative = histogram.cumsum(axis=1)
         row = np.zeros(len(rank), dtype=np.int64) if first else np.searchsorted(prefixes, prefix)
         for j in cutting:
@@ -144,6 +149,33 @@ def select(
             below[cutting] += below_cut
             break
     return Cuts(key, rank, prefix, np.where(rank > 0, rank - below, 0), equal)
+
+
+def _on_one_device(scores: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """All scores at once, where one CUDA device holds them; else None."""
+    found: list[Tensor] = []
+    try:
+        for tensor in scores.values():
+            if not tensor.is_cuda or tensor.device != (found or [tensor])[0].device:
+                return None
+            found.append(tensor)
+    except torch.OutOfMemoryError:  # they can still be made one after the other
+        return None
+    return found or None
+
+
+def _select_on_device(
+    scores: Mapping[str, Tensor], together: list[Tensor], rank: np.ndarray, key: torch.dtype
+) -> Cuts:
+    """What `select` returns, by one operator and one copy of its results to the host."""
+    wanted = torch.from_numpy(rank).to(together[0].device, non_blocking=True)
+    found = torch.ops.confprune.magnitude_select(together, key, wanted)
+    lengths = np.cumsum([len(part) for part in found])
+    keys, below, equal, nan = np.split(torch.cat(found).cpu().numpy(), lengths[:-1])
+    if nan.any():
+        _check_nan(scores)
+    keys, equal = (np.where(rank > 0, values, 0) for values in (keys, equal))
+    return Cuts(key, rank, keys, np.where(rank > 0, rank - below, 0), equal)
 
 
 class _Inside(NamedTuple):
@@ -211,17 +243,37 @@ def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> di
     first_level = np.append(cutting[starts], len(cuts.keys)).astype(np.int64)
     # In steps: all levels of one value see the same equals; the first takes the fewest of them.
     straddled = cuts.ties[first_level[:-1]] < cuts.equal[first_level[:-1]]
-    tables = [torch.from_numpy(a) for a in (values, first_level, cuts.ties, straddled)]
-    passed = torch.zeros(len(values), dtype=torch.int64)  # equals that stand before
+    tables = _Tables(values, first_level, cuts.ties, straddled)
+    passed: Tensor | None = None  # equals that stand before
     levels = {}
     for name, tensor in scores.items():
-        later = np.zeros(len(values), dtype=np.int64)
+        device = tensor.device
+        if passed is None:
+            passed = torch.zeros(len(values), dtype=torch.int64, device=device)
+        passed, later = passed.to(device), None
         if ranks.size > 1 and straddled.any():
-            earlier, later = ranks.around(_equals(tensor, cuts.key, values))
-            passed += torch.from_numpy(earlier)
-        levels[name] = torch.ops.confprune.assign_levels(tensor, cuts.key, *tables, passed)
-        passed += torch.from_numpy(later)
+            earlier, later = map(torch.from_numpy, ranks.around(_equals(tensor, cuts.key, values)))
+            passed += earlier.to(device)
+        levels[name] = torch.ops.confprune.assign_levels(
+            tensor, cuts.key, *tables.on(device), passed
+        )
+        if later is not None:
+            passed += later.to(device)
     return levels
+
+
+class _Tables:
+    """Arrays as tensors on whatever devices they are asked for on."""
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self._host = [torch.from_numpy(array) for array in arrays]
+        self._copies: dict[torch.device, list[Tensor]] = {}
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The tensors there, the same ones at each call; on the CPU those of the arrays."""
+        if device not in self._copies:
+            self._copies[device] = [table.to(device, non_blocking=True) for table in self._host]
+        return self._copies[device]
 
 
 def _equals(scores: Tensor, key: torch.dtype, values: np.ndarray) -> np.ndarray:
@@ -239,12 +291,18 @@ def _count(
     digit_bits: int,
 ) -> np.ndarray:
     """Counts of one digit below each prefix, [prefixes, 2^digit_bits]."""
-    histogram = torch.zeros(max(1, len(prefixes)), 1 << digit_bits, dtype=torch.int64)
+    shape = max(1, len(prefixes)), 1 << digit_bits
+    counts: dict[torch.device, Tensor] = {}
+    tables = _Tables(prefixes)
     for tensor in scores.values():
+        device = tensor.device
+        if device not in counts:
+            counts[device] = torch.zeros(shape, dtype=torch.int64, device=device)
         torch.ops.confprune.magnitude_histogram(
-            tensor, key, torch.from_numpy(prefixes), shift, digit_bits, histogram
+            tensor, key, *tables.on(device), shift, digit_bits, counts[device]
         )
-    return histogram.numpy()
+    parts = [part.cpu().numpy() for part in counts.values()] or [np.zeros(shape, dtype=np.int64)]
+    return functools.reduce(np.add, parts)
 
 
 def collect_keys(
@@ -261,15 +319,23 @@ def collect_keys(
 
     Ends early once there are more than `limit`.
     """
-    tables = [torch.from_numpy(a) for a in (prefixes, low, high, below)]
+    tables = _Tables(prefixes, low, high)
+    under = {torch.device("cpu"): torch.from_numpy(below)}
     found: list[np.ndarray] = []
     for tensor in scores.values():
-        left = limit - sum(map(len, found))
-        if left >= 0:
-            keys = torch.ops.confprune.magnitude_collect(
-                tensor, key, tables[0], shift, *tables[1:3], left, tables[3]
-            )
-            found.append(keys.numpy())
+        left, device = limit - sum(map(len, found)), tensor.device
+        if left < 0:
+            continue
+        if device not in under:
+            under[device] = torch.zeros(len(below), dtype=torch.int64, device=device)
+        wanted, *brackets = tables.on(device)
+        keys = torch.ops.confprune.magnitude_collect(
+            tensor, key, wanted, shift, *brackets, left, under[device]
+        )
+        found.append(keys.cpu().numpy())
+    for device, counts in under.items():
+        if device.type != "cpu":
+            below += counts.cpu().numpy()
     return np.concatenate(found)
 
 
@@ -278,12 +344,8 @@ def infinity_key(key: torch.dtype) -> int:
     return ((1 << (KEY_BITS[key] - MANTISSA[key])) - 1) << MANTISSA[key]
 
 
-def _check_nan(
-    scores: Mapping[str, Tensor], key: torch.dtype, histogram: np.ndarray, shift: int
-) -> None:
-    """Raise for the first tensor with NaN, whose keys stand above that of infinity."""
-    if not histogram[infinity_key(key) >> shift :].any():
-        return
+def _check_nan(scores: Mapping[str, Tensor]) -> None:
+    """Raise for the first tensor with NaN."""
     for name, tensor in scores.items():
         if tensor.isnan().any():
             raise ValueError(

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "element_of.h"
+#include "arguments.h"
+#include "cuda_build.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -39,18 +41,6 @@ Source source_of(const Tensor& tensor, const char* argument) {
   return source;
 }
 
-void check_key(at::ScalarType element, at::ScalarType key) {
-  const bool ok = key == element || key == at::kDouble ||
-                  (key == at::kFloat && (element == at::kHalf || element == at::kBFloat16));
-  TORCH_CHECK_VALUE(ok, "key type ", key, " cannot hold the magnitudes of ", element, " scores");
-}
-
-const int64_t* int64_data(const Tensor& tensor, const char* argument) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong && tensor.is_contiguous(), argument,
-                   " must be a contiguous int64 tensor");
-  return tensor.const_data_ptr<int64_t>();
-}
-
 // Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
 // thread.
 template <class Body>
@@ -74,19 +64,10 @@ std::vector<uint64_t> prefixes_of(const Tensor& prefixes, int bits) {
 
 void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
                          int64_t shift, int64_t digit_bits, Tensor& counts) {
-  check_key(scores.scalar_type(), key);
-  const Element key_element = element_of(key, "key");
-  const int64_t bits = key_bits(key_element), prefix_bits = bits - shift - digit_bits;
-  TORCH_CHECK_VALUE(shift >= 0 && shift < bits && digit_bits >= 1 && prefix_bits >= 0, "shift ",
-                    shift, " and digit_bits ", digit_bits, " leave the ", bits, " bits of a key");
-  TORCH_CHECK_VALUE(prefixes.numel() > 0 || prefix_bits == 0,
-                    "only the first digit of a key has no prefixes");
-  const Digit digit{key_element, int(shift), int(digit_bits),
-                    prefixes_of(prefixes, int(prefix_bits))};
-  const int64_t cells = std::max<int64_t>(1, prefixes.numel()) << digit_bits;
-  int64_data(counts, "counts");
-  TORCH_CHECK_VALUE(counts.numel() == cells, "counts holds ", counts.numel(), " cells, not ",
-                    cells);
+  const Element key_element = check_digit(scores, key, prefixes, shift, digit_bits, counts);
+  const int prefix_bits = key_bits(key_element) - int(shift) - int(digit_bits);
+  const int64_t cells = counts.numel();
+  const Digit digit{key_element, int(shift), int(digit_bits), prefixes_of(prefixes, prefix_bits)};
   const Source source = source_of(scores, "scores");
   int64_t* total = counts.data_ptr<int64_t>();
   if (scores.numel() < kSerial)
@@ -108,15 +89,10 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
 Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
                          int64_t shift, const Tensor& low, const Tensor& high, int64_t limit,
                          Tensor& below) {
-  check_key(scores.scalar_type(), key);
-  const Element key_element = element_of(key, "key");
+  const Element key_element = check_brackets(scores, key, prefixes, shift, low, high, below);
   const int bits = key_bits(key_element);
-  TORCH_CHECK_VALUE(shift >= 0 && shift < bits, "shift ", shift, " leaves the ", bits,
-                    " bits of a key");
   std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
   const int64_t size = prefixes.numel();
-  TORCH_CHECK_VALUE(low.numel() == size && high.numel() == size && below.numel() == size,
-                    "prefixes, low, high and below disagree in size");
   const Brackets brackets{
       key_element, int(shift), std::move(wanted), int64_data(low, "low"), int64_data(high, "high"),
       limit};
@@ -144,16 +120,9 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
 Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
                      const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
                      Tensor& ranks) {
-  check_key(scores.scalar_type(), key);
   const int64_t cuts_size = thresholds.numel(), num_levels = ties.numel();
-  TORCH_CHECK_VALUE(first_level.numel() == cuts_size + 1 && straddled.numel() == cuts_size &&
-                        ranks.numel() == cuts_size,
-                    "thresholds, first_level, straddled and ranks disagree in size");
-  TORCH_CHECK_VALUE(num_levels <= 32767, "at most 32767 levels are supported, got ", num_levels);
-  TORCH_CHECK_TYPE(straddled.scalar_type() == at::kBool && straddled.is_contiguous(),
-                   "straddled must be a contiguous bool tensor");
   Cuts cuts;
-  cuts.key = element_of(key, "key");
+  cuts.key = check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
   const int64_t* values = int64_data(thresholds, "thresholds");
   const int64_t* first = int64_data(first_level, "first_level");
   const int64_t* tie = int64_data(ties, "ties");
@@ -172,8 +141,7 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const CutTable table(std::move(cuts));
 
   const Source source = source_of(scores, "scores");
-  Tensor levels =
-      at::empty(scores.sizes(), scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
+  Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
@@ -213,10 +181,12 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   return levels;
 }
 
-bool is_wide_levels(const Tensor& levels) {
-  TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte || levels.scalar_type() == at::kShort,
-                   "levels must be uint8 or int16, got ", levels.scalar_type());
-  return levels.scalar_type() == at::kShort;
+Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
+  check_levelled(weight, levels);
+  int64_data(level, "level");
+  std::vector<int64_t> shape(size_t(weight.dim()) + 1, 1);
+  shape[0] = level.numel();
+  return at::where(levels > level.view(shape), weight, at::zeros({}, weight.options()));
 }
 
 at::ScalarType compute_type(const Tensor& weight) {
@@ -271,12 +241,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
 bool contiguous(at::TensorList tensors) {
   return std::all_of(tensors.begin(), tensors.end(),
                      [](const Tensor& t) { return t.is_contiguous(); });
-}
-
-void check_per_output(const std::optional<Tensor>& values, const char* argument, int64_t outputs) {
-  if (values.has_value())
-    TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == outputs, argument, " has shape ",
-                      values->sizes(), " for ", outputs, " outputs");
 }
 
 // What follows the product of a layer: y = max(floor, scale * product + shift + residual).
@@ -462,11 +426,25 @@ Tensor grid_conv(const Tensor& x, const std::optional<Tensor>& bias, const Tenso
   return y;
 }
 
+c10::Dict<std::string, std::string> build_info() {
+  c10::Dict<std::string, std::string> built;
+#if defined(__clang__)
+  built.insert("compiler", "clang " __clang_version__);
+#else
+  built.insert("compiler", "gcc " __VERSION__);
+#endif
+  built.insert("torch", TORCH_VERSION);
+  built.insert("cuda", cuda_version());
+  built.insert("architectures", cuda_architectures());
+  return built;
+}
+
 }  // namespace
 }  // namespace confprune
 
 TORCH_LIBRARY(confprune, m) {
   m.def("instruction_set() -> str", [] { return std::string(confprune::instruction_set().name); });
+  m.def("build_info() -> Dict(str, str)", confprune::build_info);
   m.def(
       "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
       "int digit_bits, Tensor(a!) counts) -> ()");
@@ -474,8 +452,15 @@ TORCH_LIBRARY(confprune, m) {
       "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift, Tensor low, "
       "Tensor high, int limit, Tensor(a!) below) -> Tensor");
   m.def(
+      "magnitude_select(Tensor[] scores, ScalarType key, Tensor rank) "
+      "-> (Tensor keys, Tensor below, Tensor equal, Tensor nan)");
+  m.def(
       "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
       "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
+  m.def("masked_weights(Tensor weight, Tensor levels, Tensor level) -> Tensor");
+  m.def(
+      "masked_linear(Tensor x, Tensor weight, Tensor levels, Tensor level, Tensor? bias=None, "
+      "Tensor? scale=None, bool relu=False) -> Tensor");
   m.def(
       "prefix_rows(Tensor weight, Tensor levels, int num_levels, int block) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -492,6 +477,7 @@ TORCH_LIBRARY_IMPL(confprune, CPU, m) {
   m.impl("magnitude_histogram", confprune::magnitude_histogram);
   m.impl("magnitude_collect", confprune::magnitude_collect);
   m.impl("assign_levels", confprune::assign_levels);
+  m.impl("masked_weights", confprune::masked_weights);
   m.impl("prefix_rows", confprune::prefix_rows);
   m.impl("grid_linear", confprune::grid_linear);
   m.impl("grid_conv", confprune::grid_conv);

@@ -776,7 +776,11 @@ def test_a_histogram_of_wrong_arguments_is_refused(changes, error, message):
         ({"scores": torch.zeros(3).int()}, ValueError, "cannot hold the magnitudes of Int"),
         ({"shift": 31}, ValueError, "shift 31 leaves the 31 bits of a key"),
         ({"prefixes": longs(1 << 15)}, ValueError, "increasing numbers of 15 bits, got 32768"),
-        ({"prefixes": longs(2, 1)}, ValueError, "increasing numbers of 15 bits, got 1"),
+        (
+            {"prefixes": longs(2, 1)} | dict.fromkeys(("low", "high", "below"), longs(0, 0)),
+            ValueError,
+            "increasing numbers of 15 bits, got 1",
+        ),
         ({"prefixes": longs(-1)}, ValueError, "increasing numbers of 15 bits, got -1"),
         ({"prefixes": longs(1).int()}, TypeError, "prefixes must be a contiguous int64"),
         ({"low": longs(0, 1)}, ValueError, "disagree in size"),

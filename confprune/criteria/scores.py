@@ -19,10 +19,11 @@ KEEP_BYTES = 256 << 20
 
 
 class Scores(Mapping[str, Tensor]):
-    """The scores of tensors by a criterion, on the CPU, made when they are read.
+    """The scores of tensors by a criterion, made when they are read.
 
     Selection reads the scores a few times, one parameter after the other. They are kept as far as
-    there is room, and made again otherwise, so that no second copy of a large model is needed.
+    there is room, and made again otherwise, so that no second copy of a large model is needed. They
+    are on the CPU, or on the CUDA device of the weight.
 
     Parameters
     ----------
@@ -79,7 +80,7 @@ class Scores(Mapping[str, Tensor]):
         scores = self.criterion(weight, **self._needed[name])
         if scores is not weight:
             self._check(name, scores)
-        scores = scores.cpu()
+        scores = scores.to(weight.device if weight.is_cuda else "cpu")
         if scores is not weight and scores.nbytes <= self._room:
             self._room -= scores.nbytes
             self._kept[name] = scores

@@ -32,9 +32,12 @@ from confprune.grid.mode import METADATA, GridMode, Layer
 from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
+from confprune.ops import check_kernels
 
 ACTIVATION_BYTES = 64 << 20
-"""Default budget for the activations of the levels and examples of a chunk."""
+"""Default budget on the CPU for the activations of the levels and examples of a chunk."""
+
+_GPU_SHARE = 8  # of whose memory one part is the budget
 
 _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
@@ -66,9 +69,9 @@ class GridForward:
     losses : sequence of Loss
         What is computed of the outputs; every one costs little beside the outputs.
     forward : callable (model, batch) -> outputs, optional
-    activation_bytes : int
-        Memory for the activations of a chunk of levels and examples; up to four are under way at
-        once, on threads of their own.
+    activation_bytes : int, optional
+        Memory for the activations of a chunk of levels and examples; on the CPU up to four are
+        under way at once, on threads of their own. Default: 64 MiB, or an eighth of a GPU's memory.
 
     Attributes
     ----------
@@ -85,16 +88,17 @@ class GridForward:
         losses: Sequence[Loss],
         *,
         forward: Forward | None = None,
-        activation_bytes: int = ACTIVATION_BYTES,
+        activation_bytes: int | None = None,
     ) -> None:
         levels.check_model(model)
-        if activation_bytes < 1:
+        check_kernels(parameter.device for parameter in model.parameters())
+        if activation_bytes is not None and activation_bytes < 1:
             raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
-        self._budget = activation_bytes
         self._network = _Network(model, forward)
+        self._budget = activation_bytes or _default_budget(self._network.device)
         # What others wrote may keep things between its calls.
         pure = forward is None and all(loss.vmappable for loss in losses)
         pure = pure and self._network.device.type == "cpu"
@@ -105,7 +109,7 @@ class GridForward:
             for name, prune in levels.levels.items()
         }
         self.notes: list[str] = []
-        self._batch_minor = True
+        self._batch_minor = self._network.device.type == "cpu"
         self._fusions: list[Fusion] = []
         self._unused: set[str] = set()
         self._written = 0  # bytes of the largest masked weight that an operation was given
@@ -132,6 +136,8 @@ class GridForward:
     ) -> Tensor:
         """The losses of each example of a batch at some levels, [losses, B, len(active)] float32.
 
+        They stay on the network's device.
+
         `done` is told the number of examples each time some are. `share` says of each chunk of
         examples in turn whether to evaluate it; the losses of the others are left 0.
 
@@ -139,11 +145,31 @@ class GridForward:
         ------
         ValueError
             If a loss cannot take the outputs.
+        torch.OutOfMemoryError
+            If the device has too little memory, naming the setting to lower.
         """
+        size = batch_length(batch)
+        try:
+            return self._evaluate(batch, size, active, done, share)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"{self._network.device} has too little memory for {size} examples and "
+                f"{len(active)} levels in chunks of {self._budget >> 20} MiB of activations: lower "
+                f"activation_bytes= (now {self._budget}) or batch_size=. {_first_line(error)}"
+            ) from error
+
+    def _evaluate(
+        self,
+        batch: Any,
+        size: int,
+        active: Sequence[int],
+        done: Callable[[int], object] | None,
+        share: Iterator[bool] | None,
+    ) -> Tensor:
         if self._footprint is None:
             self._prepare(batch)
-        size = batch_length(batch)
-        result = torch.zeros(len(self.losses), size, len(active), dtype=torch.float32)
+        shape = len(self.losses), size, len(active)
+        result = torch.zeros(shape, dtype=torch.float32, device=self._network.device)
 
         def run(network: _Network, chunk: tuple[int, int]) -> int:
             begin, end = chunk
@@ -178,6 +204,8 @@ class GridForward:
         if self.fallback is None:
             try:
                 outputs = self._grid_outputs(network, batch, active)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 # Infinite activations are of some examples; the others may go on as before.
                 if "holds infinity or NaN" not in str(error):
@@ -200,7 +228,7 @@ class GridForward:
                 of_levels = torch.vmap(loss, in_dims=(0, None))(outputs, reference)
             else:
                 of_levels = torch.stack([loss(y, reference) for y in outputs])
-            values.append(of_levels.T.to("cpu", torch.float32))
+            values.append(of_levels.T.to(torch.float32))
         return torch.stack(values)
 
     def _grid_outputs(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
@@ -218,7 +246,8 @@ class GridForward:
             self._written = max(self._written, mode.written)
             return outputs
 
-        outputs: Tensor = torch.vmap(at_level)(torch.tensor(active, device=network.device))
+        level = torch.tensor(active).to(network.device, non_blocking=True)
+        outputs: Tensor = torch.vmap(at_level)(level)
         missed = set(self.levels.levels) - met - self._unused
         if missed:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
@@ -289,9 +318,12 @@ class GridForward:
         some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
         plain = torch.stack([self._masked_outputs(self._network, batch, j) for j in some])
         reason = ""
-        for self._batch_minor in (True, False):
+        layouts = (True, False) if self._batch_minor else (False,)
+        for self._batch_minor in layouts:
             try:
                 outputs = self._grid_outputs(self._network, batch, some)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 continue
@@ -416,6 +448,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def _default_budget(device: torch.device) -> int:
+    """Bytes for activations where none were asked for."""
+    if device.type != "cuda":
+        return ACTIVATION_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory) // _GPU_SHARE
 
 
 def _difference(outputs: Tensor, plain: Tensor) -> str:

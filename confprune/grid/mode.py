@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
+from confprune.grid import on_cuda  # noqa: F401  (registers the grid operators for CUDA)
 from confprune.grid.attention import attention, multi_head_attention
 from confprune.grid.fusion import ADDITIONS, LAYER_CALLS, Fusion, Residual, fixed_batch_norm
 from confprune.grid.levels_at_once import depends_on_level, levels_at_once
@@ -49,8 +50,11 @@ class Layer:
     def rows(self, *, shared: bool, transposed: bool = False) -> tuple[list[Tensor], int, int]:
         """Prefix rows, the number of rows, and their block; made when first asked for.
 
-        Levels that share one input walk each row once, so that their rows need no blocks.
+        Levels that share one input walk each row once, so that their rows need no blocks. On CUDA
+        the grid operators take the weight and its prune levels instead.
         """
+        if self.weight.is_cuda:
+            shared = False  # all the same there
         with self._making:
             if (shared, transposed) not in self._rows:
                 self._rows[shared, transposed] = self._made(shared, transposed)
@@ -60,6 +64,8 @@ class Layer:
         weight, levels = self.weight, self.levels
         if transposed:
             weight, levels = weight.t(), levels.t()
+        if weight.is_cuda:
+            return [weight.contiguous(), levels.contiguous()], weight.shape[0], 0
         block = _TAPS_BLOCK if weight[0, 0].numel() > 1 else _BLOCK
         weight, levels = weight.flatten(1), levels.flatten(1)
         if shared:
@@ -71,8 +77,8 @@ class Layer:
         """Whether the grid operators can multiply `x` with this weight."""
         return (
             isinstance(x, Tensor)
-            and x.device.type == "cpu"
-            and self.weight.device.type == "cpu"
+            and x.device == self.weight.device
+            and x.device.type in ("cpu", "cuda")
             and x.dtype == self.weight.dtype
             and self.weight.numel() > 0
             and x.numel() > 0

@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define CONFPRUNE_HOST_DEVICE __host__ __device__
+#else
+#define CONFPRUNE_HOST_DEVICE
+#endif
+
 namespace confprune {
 
 enum class Element : int { float32, float64, float16, bfloat16 };
@@ -23,25 +29,25 @@ struct BFloat16 {
 namespace {  // internal linkage: each instruction set compiles its own copy
 
 template <class To, class From>
-inline To bit_cast(From from) {
+CONFPRUNE_HOST_DEVICE inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
 
-inline float widen(float value) {
+CONFPRUNE_HOST_DEVICE inline float widen(float value) {
   return value;
 }
-inline double widen(double value) {
+CONFPRUNE_HOST_DEVICE inline double widen(double value) {
   return value;
 }
 
-inline float widen(BFloat16 value) {
+CONFPRUNE_HOST_DEVICE inline float widen(BFloat16 value) {
   return bit_cast<float>(uint32_t(value.bits) << 16);
 }
 
-inline float widen(Half value) {
+CONFPRUNE_HOST_DEVICE inline float widen(Half value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   // Shifted into a float's fields the exponent is 112 too small. A subnormal gets one more, whose
@@ -54,21 +60,21 @@ inline float widen(Half value) {
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
 }
 
-inline void narrow(float value, float* out) {
+CONFPRUNE_HOST_DEVICE inline void narrow(float value, float* out) {
   *out = value;
 }
-inline void narrow(double value, double* out) {
+CONFPRUNE_HOST_DEVICE inline void narrow(double value, double* out) {
   *out = value;
 }
 
-inline void narrow(float value, BFloat16* out) {
+CONFPRUNE_HOST_DEVICE inline void narrow(float value, BFloat16* out) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   out->bits = nan ? uint16_t(0x7fc0) : uint16_t(rounded >> 16);
 }
 
-inline void narrow(float value, Half* out) {
+CONFPRUNE_HOST_DEVICE inline void narrow(float value, Half* out) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

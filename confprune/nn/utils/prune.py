@@ -8,9 +8,9 @@ Signatures, results and errors are torch's: masks are buffers, `remove` and `is_
 repeated pruning accumulates. Everything else of the module is torch's own. Only among equal
 magnitudes, where torch's choice is unspecified, may other ones be pruned: the first.
 
-What is faster is magnitude pruning on the CPU: the weights to prune are found by confprune's
-selection, without sorting or copying the weights. Few weights, weights on other devices, and
-weights with NaN go to torch.
+What is faster is magnitude pruning, on the CPU, and on CUDA where confprune was built with it: the
+weights to prune are found by confprune's selection, without sorting or copying the weights. Few
+weights, weights on several or other devices, and weights with NaN go to torch.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from torch.nn.utils.prune import (
     remove,
 )
 
+from confprune.ops import build_info
 from confprune.parameters import DTYPES
 from confprune.selection import assign, select
 
 _FEW = 1 << 14  # weights below which torch is as fast
+_DEVICES = ("cpu",) if build_info()["cuda"] is None else ("cpu", "cuda")
 
 __all__ = [
     "BasePruningMethod",
@@ -224,7 +226,8 @@ def _kept(scores: Sequence[Tensor], amount: int | float) -> list[Tensor] | None:
     """Whether each entry is kept, all competing; None where torch has to say."""
     if not scores or not all(
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.device == scores[0].device
+        and tensor.device.type in _DEVICES
         and tensor.layout == torch.strided
         and tensor.dtype in DTYPES
         for tensor in scores

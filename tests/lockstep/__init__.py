@@ -1,0 +1,84 @@
+"""The kernels of csrc/cuda as plain C++, run in lockstep on the CPU and called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent
+_CSRC = _HERE.parent.parent / "csrc"
+FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
+"""Further flags for the compiler, of a process that runs some tests once more."""
+
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def build(folder: Path, *flags: str) -> ctypes.CDLL:
+    """Compile all kernels, with what the tests call, to one library."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [f"-I{_CSRC}", f"-I{_HERE}"]
+    objects = []
+    steps = []
+    for source in sorted([*_CSRC.glob("cuda/*.cu"), *_HERE.glob("exports*.cpp")]):
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [*compiler, *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source)]
+        steps.append(subprocess.Popen([*command, "-o", objects[-1]], stderr=subprocess.PIPE))
+    for step in steps:
+        assert step.wait() == 0, step.communicate()[1].decode()
+    library = folder / "lockstep.so"
+    subprocess.run([*compiler, *flags, "-shared", *objects, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def library(*flags: str) -> ctypes.CDLL:
+    """Load what `build` makes; it is kept under build/ for as long as no source changes."""
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted([*_CSRC.rglob("*.h"), *_CSRC.glob("cuda/*.cu"), *_HERE.glob("*.*")]):
+        digest.update(path.read_bytes())
+    folder = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16]
+    if (folder / "lockstep.so").is_file():
+        return ctypes.CDLL(str(folder / "lockstep.so"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return build(folder, *flags)
+
+
+def kernels(
+    multiprocessors: int = 3, shared_bytes: int = 99 << 10, resident: int = 2, seed: int = 0
+) -> ctypes.CDLL:
+    """The library, for a device with so many multiprocessors and so much shared memory a block.
+
+    So many blocks of it are at work at once, and take turns in an order drawn from `seed`.
+    """
+    found = library(*os.environ.get(FLAGS, "").split())
+    found.configure(multiprocessors, shared_bytes, resident, seed)
+    return found
+
+
+def check_sanitized(file: str, tests: str) -> None:
+    """Run the tests of a file that match an expression (`pytest -k`) under AddressSanitizer."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    runtime = subprocess.run(
+        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the compiler has no AddressSanitizer")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file],
+        env=os.environ
+        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+        | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "passed" in run.stdout
