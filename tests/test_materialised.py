@@ -87,14 +87,19 @@ def test_a_convolution_is_the_masked_convolution_at_each_level(name, shared, bud
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_convolution_with_what_follows(scaled, relu, bias, shared):
+@pytest.mark.parametrize("residuals", [0, 1, None], ids=["none", "one", "one a level"])
+def test_a_convolution_with_what_follows(residuals, scaled, relu, bias, shared):
     case, geometry = conv_case((6, 7), 4, 6, groups=2, padding=1, shared=shared, bias=bias)
     x, b, level, weight, levels = case
     scale = integers(6) if scaled else None
-    y = grid_conv(x, weight, levels, level, b, scale, relu, **geometry)
     expected = slow_conv(x, None, *case[2:], **geometry)
+    residual = None
+    if residuals != 0:
+        residual = integers(residuals or len(level), *expected.shape[1:])
+    y = grid_conv(x, weight, levels, level, b, scale, relu, residual, **geometry)
     expected = expected if scale is None else expected * scale[:, None, None]
     expected = expected if b is None else expected + b[:, None, None]
+    expected = expected if residual is None else expected + residual
     assert torch.equal(y, expected.relu() if relu else expected)
 
 
