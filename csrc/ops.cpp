@@ -13,6 +13,7 @@
 
 #include "arguments.h"
 #include "cuda_build.h"
+#include "huge_pages.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -132,9 +133,11 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const bool* flags = straddled.const_data_ptr<bool>();
   cuts.straddled.assign(flags, flags + cuts_size);
   int64_data(ranks, "ranks");
+  const int bits = key_bits(cuts.key);
   for (int64_t cut = 0; cut < cuts_size; ++cut)
-    TORCH_CHECK_VALUE(values[cut] >= 0 && (cut == 0 || values[cut] > values[cut - 1]),
-                      "thresholds must be increasing keys, got ", values[cut]);
+    TORCH_CHECK_VALUE(
+        values[cut] >= 0 && values[cut] >> bits == 0 && (cut == 0 || values[cut] > values[cut - 1]),
+        "thresholds must be increasing keys of ", bits, " bits, got ", values[cut]);
   for (int64_t cut = 0; cut <= cuts_size; ++cut)
     TORCH_CHECK_VALUE(first[cut] >= (cut == 0 ? 0 : first[cut - 1]) && first[cut] <= num_levels,
                       "first_level must not decrease, in [0, ", num_levels, "], got ", first[cut]);
@@ -142,6 +145,7 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
 
   const Source source = source_of(scores, "scores");
   Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
+  ask_for_huge_pages(levels.mutable_data_ptr(), levels.nbytes());
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
