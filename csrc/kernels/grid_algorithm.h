@@ -148,6 +148,10 @@ void level_tile(const GridDetails& d, Place places, int64_t k, int64_t row_begin
       __builtin_prefetch(values + starts[row + 1]);
       __builtin_prefetch(rows.columns + starts[row + 1]);
       T* const before = partial + (row - row_begin) * L::kTile;
+      T* const to = out.data + (row - row_begin) * out.row_stride;
+      if (last)  // while the row is summed
+        for (int v = 0; v < V; ++v)
+          finish.prefetch(to + v * L::kWidth);
       typename L::Vector sum[V] = {};
       accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], place,
                        groups == 1 ? input : input + row / rows_per_group * group_size);
@@ -155,7 +159,7 @@ void level_tile(const GridDetails& d, Place places, int64_t k, int64_t row_begin
         for (int v = 0; v < V; ++v)
           sum[v] += *reinterpret_cast<const typename L::Unaligned*>(before + v * L::kWidth);
       if (last)
-        finish.write(sum, row, out.data + (row - row_begin) * out.row_stride);
+        finish.write(sum, row, to);
       else
         for (int v = 0; v < V; ++v)
           *reinterpret_cast<typename L::Unaligned*>(before + v * L::kWidth) = sum[v];
