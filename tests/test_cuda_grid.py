@@ -199,15 +199,20 @@ def test_all_pruned_none_pruned_and_levels_beyond_bytes(dtype):
     assert torch.equal(found[0].double(), x[0].double() @ weight.double().T)
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_a_zero_times_infinity_is_nan_as_in_the_masked_network(dtype):
+def test_a_zero_times_infinity_is_nan_as_in_the_masked_network(dtype, relu):
     x, weight, levels, level = random_case(20, 32, 12, 3, dtype, shared=False)
     x[0, 3, 5], x[1, 4, 7], x[2, 11, 31] = torch.inf, torch.nan, -torch.inf
     weight[2, 5], levels[2, 5] = torch.inf, 0  # an infinite weight is pruned like any other
     level = torch.tensor([0, 100, 200])
-    found = grid_linear(x, weight, levels, level)
+    found = grid_linear(x, weight, levels, level, relu=relu)
     torch.testing.assert_close(
-        found.double(), reference(x, weight, levels, level), rtol=0, atol=0, equal_nan=True
+        found.double(),
+        reference(x, weight, levels, level, relu=relu),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
     assert found.isnan().any(-1).sum() == 3
 
