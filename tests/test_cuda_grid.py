@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from lockstep import library
 from torch import Tensor
 
+import confprune.ops  # noqa: F401, the CPU's operators
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
@@ -186,6 +188,17 @@ def test_random_numbers_are_near(dtype):
     expected = reference(x, weight, levels, level)
     error = (grid_linear(x, weight, levels, level).double() - expected).norm() / expected.norm()
     assert error < {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_the_operator_of_the_cpu_gives_the_same(dtype):
+    x, weight = torch.randn(4, 9, 50).to(dtype), torch.randn(24, 50).to(dtype)
+    levels = torch.randint(0, 8, (24, 50)).to(torch.uint8)
+    level, bias = torch.tensor([0, 2, 3, 6]), torch.randn(24).to(dtype)
+    rows = torch.ops.confprune.prefix_rows(weight, levels, 8, 16)
+    expected = torch.ops.confprune.grid_linear(x, bias, level, rows, 24, 16, False)
+    found = grid_linear(x, weight, levels, level, bias=bias)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)
