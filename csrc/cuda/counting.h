@@ -16,21 +16,14 @@ inline int blocks_for(int64_t tiles, int a_multiprocessor) {
   return int(std::max<int64_t>(1, std::min(tiles, most)));
 }
 
-namespace {
-
-inline Segments store_scores(const Scores* scores, int64_t count, Segment* list, Stream stream) {
-  const auto segment = [&](int64_t i) {
-    Segment one{};
-    one.data = scores[i].data;
-    one.element = scores[i].element;
-    one.size = scores[i].size;
-    one.tile = int64_t(kThreads) * kVectors * 16 / element_bytes(one.element);
-    return one;
-  };
-  return store(count, segment, list, stream);
+inline Segment segment_of(const Scores& scores) {
+  Segment segment{};
+  segment.data = scores.data;
+  segment.element = scores.element;
+  segment.size = scores.size;
+  segment.tile = int64_t(kThreads) * kVectors * 16 / element_bytes(scores.element);
+  return segment;
 }
-
-}  // namespace
 
 // Calls body(key, valid) for each element of a tile, the lanes of a warp together; what is not
 // valid stands for no element.
@@ -83,34 +76,38 @@ class BlockCounts {
  public:
   static size_t bytes(int64_t cells) { return size_t(cells) * sizeof(unsigned); }
 
-  __device__ explicit BlockCounts(unsigned cells)
-      : counts_(dynamic_shared<unsigned>()), cells_(cells) {
+  __device__ BlockCounts(Count* counts, unsigned cells)
+      : counts_(counts), cells_(cells), own_(dynamic_shared<unsigned>()) {
     for (unsigned cell = threadIdx.x; cell < cells_; cell += blockDim.x)
-      counts_[cell] = 0;
+      own_[cell] = 0;
     __syncthreads();
   }
 
-  // By one lane alone. An increment whose old value nobody asks for is added up by the hardware
-  // over the lanes with the same address, so that keys which come again and again cost no more.
-  __device__ void add(unsigned cell) { atomicAdd(counts_ + cell, 1u); }
+  // An increment whose old value nobody asks for is added up by the hardware over the lanes with
+  // the same address, so that keys which come again and again cost no more.
+  __device__ void add(bool counting, unsigned cell) {
+    if (counting)
+      atomicAdd(own_ + cell, 1u);
+  }
 
-  __device__ void flush(Count* counts) const {
+  __device__ void flush() {
     __syncthreads();
     for (unsigned cell = threadIdx.x; cell < cells_; cell += blockDim.x)
-      if (counts_[cell] > 0)
-        atomicAdd(counts + cell, Count(counts_[cell]));
+      if (own_[cell] > 0)
+        atomicAdd(counts_ + cell, Count(own_[cell]));
   }
 
  private:
-  unsigned* const counts_;
+  Count* const counts_;
   const unsigned cells_;
+  unsigned* const own_;
 };
 
 // Counters that all blocks share. A warp keeps the number for one cell to itself while it meets it
 // again and again: else such keys would queue for one address.
 class WarpCounts {
  public:
-  __device__ explicit WarpCounts(Count* counts) : counts_(counts) {}
+  __device__ WarpCounts(Count* counts, unsigned) : counts_(counts) {}
 
   // By all lanes together, each for its own cell if it counts.
   __device__ void add(bool counting, unsigned cell) {

@@ -87,18 +87,16 @@ template <Element kKey, class Cells>
 __global__ void __launch_bounds__(kThreads, 1)
     count_cells(Segments segments, const Window* window, Count* counts, Count* nan) {
   const Cells cells = load_cells<Cells>(window);
-  BlockCounts block(cells.cells);
+  BlockCounts block(counts, cells.cells);
   unsigned met = 0;
   for_keys<kKey>(segments, [&](Key<kKey> key, bool valid) {
-    if (!valid)
-      return;
-    block.add(cells.cell(key));
+    block.add(valid, cells.cell(key));
     if constexpr (std::is_same_v<Cells, Window>)
-      met += key > Format<kKey>::kInfinity;
+      met += valid && key > Format<kKey>::kInfinity;
   });
   if (met > 0)
     atomicAdd(nan, Count(met));
-  block.flush(counts);
+  block.flush();
 }
 
 // The bits that tell `size` keys apart.
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (unsigned cell = threadIdx.x; cell < cells.cells; cell += blockDim.x)
     first[cell] = groups.first[cell];
   __syncthreads();
-  WarpCounts counts(groups.counters);
+  WarpCounts counts(groups.counters, unsigned(size.groups) << size.digit);
   for_keys<kKey>(segments, [&](Key<kKey> key, bool valid) {
     const unsigned candidate = valid ? first[cells.cell(key)] : kNone;
     if (!__any_sync(kAllLanes, candidate != kNone))
@@ -352,7 +350,8 @@ void select(const Scores* scores, int64_t tensors, Element key, const int64_t* r
             const Selection& found, void* memory, Stream stream) {
   Scratch scratch(memory);
   const Work work(scratch, tensors, ranks);
-  const Segments segments = store_scores(scores, tensors, work.list, stream);
+  const Segments segments =
+      store(tensors, [&](int64_t i) { return segment_of(scores[i]); }, work.list, stream);
   const Selecting selecting{segments, rank, ranks, found, work, stream};
   dispatch_key(key, [&](auto tag) { selecting.template run<decltype(tag)::value>(); });
 }

@@ -7,11 +7,17 @@ import hashlib
 import os
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parent.parent / "csrc"
+FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
+"""Further flags for the compiler, of a process that runs some tests once more."""
+
 _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
@@ -43,3 +49,36 @@ def library(*flags: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(folder / "lockstep.so"))
     folder.mkdir(parents=True, exist_ok=True)
     return build(folder, *flags)
+
+
+def kernels(
+    multiprocessors: int = 3, shared_bytes: int = 99 << 10, resident: int = 2, seed: int = 0
+) -> ctypes.CDLL:
+    """The library, for a device with so many multiprocessors and so much shared memory a block.
+
+    So many blocks of it are at work at once, and take turns in an order drawn from `seed`.
+    """
+    found = library(*os.environ.get(FLAGS, "").split())
+    found.configure(multiprocessors, shared_bytes, resident, seed)
+    return found
+
+
+def check_sanitized(file: str, tests: str) -> None:
+    """Run the tests of a file that match an expression (`pytest -k`) under AddressSanitizer."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    runtime = subprocess.run(
+        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the compiler has no AddressSanitizer")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file],
+        env=os.environ
+        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+        | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert "passed" in run.stdout
