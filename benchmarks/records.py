@@ -34,6 +34,7 @@ def save(
     seconds: float,
     quick: bool = False,
     peers: Sequence[str] = (),
+    module: str = "benchmarks",
 ) -> Path:
     """Store the rows of a benchmark with the machine, the versions and the settings.
 
@@ -51,12 +52,14 @@ def save(
         Whether this was a small run, which must not replace a full one.
     peers : sequence of str
         Distributions compared against, whose versions are recorded as well.
+    module : str
+        What was run.
     """
     folder = QUICK if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "name": name,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "settings": dict(settings),

@@ -102,7 +102,9 @@ def main() -> int:
             f"{row['spilled']:4d} bytes spilled: {row['kernel']} ({row['source']})"
         )
     settings = {"flags": _FLAGS[:-1], "architectures": ARCHITECTURES, "nvcc": _version()}
-    path = records.save("resources", rows, settings=settings, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    where = {"settings": settings, "seconds": seconds, "module": "benchmarks.resources"}
+    path = records.save("resources", rows, **where)
     print(f"wrote {path}")
     return 1 if spilling(rows) else 0
 

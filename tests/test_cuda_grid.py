@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from lockstep import library
 from torch import Tensor
 
+import confprune.ops  # noqa: F401, the CPU's operators
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
@@ -189,6 +191,17 @@ def test_random_numbers_are_near(dtype):
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)
+def test_the_operator_of_the_cpu_gives_the_same(dtype):
+    x, weight = torch.randn(4, 9, 50).to(dtype), torch.randn(24, 50).to(dtype)
+    levels = torch.randint(0, 8, (24, 50)).to(torch.uint8)
+    level, bias = torch.tensor([0, 2, 3, 6]), torch.randn(24).to(dtype)
+    rows = torch.ops.confprune.prefix_rows(weight, levels, 8, 16)
+    expected = torch.ops.confprune.grid_linear(x, bias, level, rows, 24, 16, False)
+    found = grid_linear(x, weight, levels, level, bias=bias)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
 def test_all_pruned_none_pruned_and_levels_beyond_bytes(dtype):
     x, weight = integers(6, 9, 32, dtype=dtype), integers(18, 32, dtype=dtype)
     levels = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(18, 8)
@@ -199,15 +212,20 @@ def test_all_pruned_none_pruned_and_levels_beyond_bytes(dtype):
     assert torch.equal(found[0].double(), x[0].double() @ weight.double().T)
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", ELEMENTS)
-def test_a_zero_times_infinity_is_nan_as_in_the_masked_network(dtype):
+def test_a_zero_times_infinity_is_nan_as_in_the_masked_network(dtype, relu):
     x, weight, levels, level = random_case(20, 32, 12, 3, dtype, shared=False)
     x[0, 3, 5], x[1, 4, 7], x[2, 11, 31] = torch.inf, torch.nan, -torch.inf
     weight[2, 5], levels[2, 5] = torch.inf, 0  # an infinite weight is pruned like any other
     level = torch.tensor([0, 100, 200])
-    found = grid_linear(x, weight, levels, level)
+    found = grid_linear(x, weight, levels, level, relu=relu)
     torch.testing.assert_close(
-        found.double(), reference(x, weight, levels, level), rtol=0, atol=0, equal_nan=True
+        found.double(),
+        reference(x, weight, levels, level, relu=relu),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
     assert found.isnan().any(-1).sum() == 3
 

@@ -244,18 +244,18 @@ def test_levels(kind, dtype):
     check_assign(scores, inner_cuts(scores, 9))
 
 
-@pytest.mark.parametrize("levels", [1, 126, 127, 255, 256, 1000])
+@pytest.mark.parametrize("levels", [1, 126, 127, 255, 256, 700])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_levels_of_any_number(dtype, levels):
-    scores = [(torch.randint(-400, 400, (5000,)) / 64).to(dtype), torch.randn(300).to(dtype)]
+    scores = [(torch.randint(-400, 400, (1500,)) / 64).to(dtype), torch.randn(300).to(dtype)]
     check_assign(scores, inner_cuts(scores, levels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [20, 130])
-@pytest.mark.parametrize(("resident", "seed"), [(1, 0), (4, 1), (3, 2)])
+@pytest.mark.parametrize(("resident", "seed"), [(1, 0), (4, 1)])
 def test_ties_are_broken_by_position_over_many_tiles(resident, seed, levels, dtype):
-    size = 5 * (16 << 10 if levels > 126 or dtype == torch.float64 else 32 << 10)
+    size = 4 * (16 << 10 if levels > 126 or dtype == torch.float64 else 32 << 10)
     scores = [torch.randint(0, 4, (size,)).to(dtype), torch.randint(0, 4, (size // 9,)).to(dtype)]
     device = {"resident": resident, "seed": seed, "multiprocessors": 2}
     check_assign(scores, inner_cuts(scores, levels), **device)
@@ -297,10 +297,12 @@ def test_histograms(dtype):
         if digit_bits > bits:
             continue
         counts = count(scores, dtype, np.zeros(0, np.int64), bits - digit_bits, digit_bits)
-        known = np.flatnonzero(counts)[[0, len(np.flatnonzero(counts)) // 2, -1]]
-        if bits > digit_bits:
+        met = np.flatnonzero(counts)
+        if bits - digit_bits >= 3:
+            known = np.unique(met[[0, len(met) // 2, -1]])
             count(scores, dtype, known, bits - digit_bits - 3, 3)
-            count(scores, torch.float64, known, KEY_BITS[torch.float64] - digit_bits - 7, 7)
+    if dtype != torch.float64:
+        count(scores, torch.float64, np.array([0, 1020, 1021, 1022]), 63 - 11 - 9, 9)
 
 
 def count(

@@ -143,7 +143,7 @@ class TestOnCuda:
         assert torch.equal(y, slow_conv(*tensors, **geometry))
 
     def test_prefix_rows_are_of_the_cpu(self):
-        x, bias, level, weight, levels = linear_case()
+        x, bias, level, weight, _ = linear_case()
         with pytest.raises(ValueError, match="the weight and its prune levels, got 4 tensors"):
             on_cuda.grid_linear(x, bias, level, [weight] * 4, 21, 0, False)
 

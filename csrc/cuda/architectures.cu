@@ -1,15 +1,18 @@
 #include "cuda/architectures.h"
 
-#ifndef __CUDA_ARCH_LIST__  // another compiler than nvcc
-#define __CUDA_ARCH_LIST__
-#endif
-
 namespace confprune::cuda {
 
+#ifdef __CUDA_ARCH_LIST__
 const int* architectures(int* count) {
-  static const int listed[] = {__CUDA_ARCH_LIST__, 0};
-  *count = int(sizeof(listed) / sizeof(int)) - 1;
+  static const int listed[] = {__CUDA_ARCH_LIST__};
+  *count = int(sizeof(listed) / sizeof(int));
   return listed;
 }
+#else  // another compiler than nvcc
+const int* architectures(int* count) {
+  *count = 0;
+  return nullptr;
+}
+#endif
 
 }  // namespace confprune::cuda

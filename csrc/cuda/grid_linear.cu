@@ -13,13 +13,18 @@ bool aligned(const void* pointer, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0 && stride_bytes % kChunkBytes == 0;
 }
 
-// Chunks of operands must be whole as well.
 Alignment alignment_of(const GridLinear& product, int64_t bytes) {
-  const bool operands = aligned(product.x, product.x_stride * bytes) &&
-                        aligned(product.x, product.x_level_stride * bytes) &&
-                        aligned(product.weight, product.weight_stride * bytes) &&
-                        aligned(product.levels, product.levels_stride) &&
-                        product.inputs % kChunkBytes == 0;
+  // Rows are of whole chunks, and begin at places that 32 bits count in chunks.
+  constexpr int64_t kReach = int64_t(1) << 32;
+  const int64_t x_numbers =
+      product.num_levels * product.x_level_stride + product.batch * product.x_stride;
+  const int64_t weights = product.outputs * product.weight_stride;
+  const bool operands =
+      aligned(product.x, product.x_stride * bytes) &&
+      aligned(product.x, product.x_level_stride * bytes) &&
+      aligned(product.weight, product.weight_stride * bytes) &&
+      aligned(product.levels, product.levels_stride) && product.inputs % kChunkBytes == 0 &&
+      x_numbers * bytes < kReach * kChunkBytes && weights * bytes < kReach * kChunkBytes;
   return {operands, aligned(product.y, product.outputs * bytes)};
 }
 

@@ -15,7 +15,7 @@
 namespace confprune::cuda {
 
 // All pointers are to device memory. Rows are contiguous; strides are from one row to the next, in
-// elements.
+// elements. There are fewer than 2^31 inputs, and 2^31 tiles of 64 rows by 256 tokens and levels.
 struct GridLinear {
   const void* x;          // [1 or K, N, inputs]
   const void* weight;     // [outputs, inputs]

@@ -176,13 +176,15 @@ class Operands {
     return found < product_.outputs ? found : product_.outputs - 1;
   }
 
+  static constexpr int kRowBytes = kDepth * int(sizeof(T));
+
   GridLinear product_;
   bool aligned_;
   Row row_of_;
   X x_of_;
-  Panels<T, kRows, kDepth* int(sizeof(T))> weights_;
+  Panels<T, kRows, kRowBytes> weights_;
   Panels<uint8_t, kRows, kDepth> levels_;
-  Panels<T, kColumns, kDepth* int(sizeof(T))> x_;
+  Panels<T, kColumns, kRowBytes> x_;
 };
 
 template <class T, int kRows, int kColumns, int kDepth, class Row, class X>

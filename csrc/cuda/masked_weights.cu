@@ -22,6 +22,7 @@ __global__ void mask(MaskedWeights masked) {
   const auto levels =
       *reinterpret_cast<const Vector<Level, kSize>*>(static_cast<const Level*>(masked.levels) + at);
   T* out = static_cast<T*>(masked.out) + at;
+#pragma unroll 1  // a copy of this loop for the last levels would write number by number
   for (int64_t k = 0; k < masked.num_levels; ++k, out += masked.size) {
     const int64_t wanted = masked.level[k];
     const int level = int(wanted < -1 ? -1 : wanted > INT16_MAX ? INT16_MAX : wanted);

@@ -8,6 +8,7 @@
 // ever. Asynchronous copies arrive at the wait and not before.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -99,7 +100,8 @@ struct Fiber {
   int lane = 0;
   const int* waits_for = nullptr;  // a generation that must differ from `seen`
   int seen = 0;
-  bool done = false, paused = false;
+  jmp_buf jump;
+  bool started = false, done = false, paused = false;
   std::vector<std::vector<Copy>> copies;  // groups of them, the last one open
   void* fake_stack = nullptr;             // AddressSanitizer's
 };
@@ -228,7 +230,7 @@ class Machine {
     Fiber* fiber = free_.back();
     free_.pop_back();
     fiber->waits_for = nullptr;
-    fiber->done = fiber->paused = false;
+    fiber->started = fiber->done = fiber->paused = false;
     fiber->copies.assign(1, {});
     fiber->fake_stack = nullptr;
     getcontext(&fiber->context);
@@ -280,7 +282,13 @@ class Machine {
     swapcontext(&home_, &fiber->context);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
-    swapcontext(&home_, &fiber->context);
+    // A context is only for the start: it saves the mask of signals too, which takes a system call.
+    if (_setjmp(home_jump_) != 0)
+      return;
+    if (fiber->started)
+      _longjmp(fiber->jump, 1);
+    fiber->started = true;
+    setcontext(&fiber->context);
 #endif
   }
 
@@ -292,8 +300,10 @@ class Machine {
     swapcontext(&fiber->context, &home_);
     __sanitizer_finish_switch_fiber(fiber->fake_stack, &home_stack_, &home_size_);
 #else
-    (void)for_good;
-    swapcontext(&fiber->context, &home_);
+    if (for_good)
+      _longjmp(home_jump_, 1);
+    if (_setjmp(fiber->jump) == 0)
+      _longjmp(home_jump_, 1);
 #endif
   }
 
@@ -313,6 +323,7 @@ class Machine {
   std::vector<Fiber*> free_, order_;
   Fiber* current_ = nullptr;
   ucontext_t home_;
+  jmp_buf home_jump_;
   const void* home_stack_ = nullptr;
   size_t home_size_ = 0;
 };
