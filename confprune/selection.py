@@ -153,6 +153,8 @@ def select(
 
 def _on_one_device(scores: Mapping[str, Tensor]) -> list[Tensor] | None:
     """All scores at once, where one CUDA device holds them; else None."""
+    if not torch.cuda.is_initialized():  # a look at one may mean to read it from a file
+        return None
     found: list[Tensor] = []
     try:
         for tensor in scores.values():
