@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lockstep import library
+from lockstep import FLAGS, check_sanitized, kernels
 from torch import Tensor
 
 import confprune.ops  # noqa: F401, the CPU's operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
-"""Further flags for the compiler, of a process that runs some of these tests."""
 
 ELEMENTS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # by number
 
@@ -44,12 +39,6 @@ class MaskedWeights(ctypes.Structure):
         ("wide_levels", ctypes.c_bool),
         *((name, ctypes.c_int64) for name in ("size", "num_levels")),
     ]
-
-
-def kernels(multiprocessors: int = 3, shared_bytes: int = 99 << 10, seed: int = 0) -> ctypes.CDLL:
-    found = library(*os.environ.get(FLAGS, "").split())
-    found.configure(multiprocessors, shared_bytes, 2, seed)
-    return found
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -296,21 +285,4 @@ def test_masked_weights(size, offset, dtype, wide):
 @pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
 def test_no_access_outside_of_memory():
     """Some of the tests above, again under AddressSanitizer."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no AddressSanitizer")
-    tests = "exact or larger or masked_weights or empty"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, __file__],
-        env=os.environ
-        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-        | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert "passed" in run.stdout
+    check_sanitized(__file__, "exact or larger or masked_weights or empty")

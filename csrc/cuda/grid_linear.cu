@@ -55,7 +55,7 @@ struct MatrixWay {
 MatrixWay matrix_way(const GridLinear& product, const Device& device) {
   // Instructions for a matrix instruction beside those of the mask, and for a panel whatever its
   // rows: read off the compiled loop, a matrix instruction taken for six.
-  constexpr int kMultiply = 7, kPanel = 3;
+  constexpr int kMultiply = 7, kPanel = 5;
   MatrixWay best{};
   Choice choice(device);
   for (const int fragments : {4, 2})
