@@ -39,7 +39,8 @@ inline __device__ int64_t row_of(uint64_t prefix, const int64_t* prefixes, int64
 
 template <Element kKey, class Counts>
 __global__ void __launch_bounds__(kThreads, 1)
-    count_prefixed(Alone scores, Digit digit, unsigned cells, Count* counts) {
+    count_prefixed(const __grid_constant__ Alone scores, Digit digit, unsigned cells,
+                   Count* counts) {
   Counts own(counts, cells);
   for_keys<kKey>(scores, [&](Key<kKey> key, bool valid) {
     const uint64_t known = uint64_t(key) >> digit.shift, prefix = known >> digit.digit_bits;
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <Element kKey>
 __global__ void __launch_bounds__(kThreads, 1)
-    collect_bracketed(Alone scores, Brackets brackets, int64_t capacity, int64_t* keys,
-                      Count* found, Count* below) {
+    collect_bracketed(const __grid_constant__ Alone scores, Brackets brackets, int64_t capacity,
+                      int64_t* keys, Count* found, Count* below) {
   const unsigned lane = threadIdx.x % kWarp;
   WarpCounts under(below, unsigned(brackets.size));
   for_keys<kKey>(scores, [&](Key<kKey> bits, bool valid) {

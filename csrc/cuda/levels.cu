@@ -17,7 +17,11 @@ namespace confprune::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kBlocks = 2;                  // at once on a multiprocessor
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 1;  // at once on a multiprocessor, whose shared memory has room for one
+#else
+constexpr int kBlocks = 2;
+#endif
 constexpr int kVectors = 4;                 // of 16 bytes that a thread reads at once
 constexpr int kRun = 8;                     // elements that a lane numbers in a row
 constexpr int kAhead = 8;                   // tiles whose counts a thread reads at once
@@ -107,7 +111,8 @@ class Worker {
     if constexpr (Shared::kNarrow)
       return Equals(shared().equals, Shared::kCuts);
     else
-      return Equals(shares_.equals + tile_ * cuts_.size * int64_t(Equals::kBytes), cuts_.size);
+      return Equals(shares_.equals + int64_t(tile_) * cuts_.size * int64_t(Equals::kBytes),
+                    cuts_.size);
   }
 
   // Whether there is one more.
@@ -115,7 +120,7 @@ class Worker {
     if (threadIdx.x == 0)
       shared().ticket = atomicAdd(shares_.ticket, 1u);
     __syncthreads();
-    tile_ = shared().ticket;
+    tile_ = int(shared().ticket);
     if (tile_ >= shares_.tiles)
       return false;
     const Equals equals = this->equals();
@@ -209,15 +214,15 @@ class Worker {
 
   // Publishes how many keys of this tile equal a value, and adds up those of the tiles before.
   __device__ int64_t equals_before(unsigned cut, int64_t count) const {
-    Count* const own = shares_.published + tile_ * cuts_.size + cut;
+    Count* const own = shares_.published + int64_t(tile_) * cuts_.size + cut;
     if (tile_ > 0)
       store_relaxed(own, kCounted | Count(count));
     int64_t before = tile_ > 0 ? 0 : shares_.ranks[cut];
-    for (int64_t tile = tile_ - 1; tile >= 0;) {
+    for (int tile = tile_ - 1; tile >= 0;) {
       Count seen[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        seen[i] = tile < i ? 0 : load_relaxed(own - (tile_ - tile + i) * cuts_.size);
+        seen[i] = tile < i ? 0 : load_relaxed(own - int64_t(tile_ - tile + i) * cuts_.size);
       bool waits = false;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -294,7 +299,7 @@ class Worker {
   const bool tie_;
   const Cut<kKey>* const list_;
   Cells<kKey> cells_;
-  int64_t tile_ = 0;  // of the launch
+  int tile_ = 0;  // of the launch
 };
 
 template <Element kKey, class Code, class Level>
