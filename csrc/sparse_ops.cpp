@@ -1,5 +1,6 @@
 // torch.ops.confprune.sparse_*: schemas, argument checks, and dispatch to the kernels.
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -189,7 +190,8 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
     return at::linear(x, dense.to(x.scalar_type()), like(bias, x));
   }
   const Window window{inputs, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
-  const Tensor y = at::empty({batch, outputs}, x.options());
+  // Not through the dispatcher, which takes as long as some small layers.
+  const Tensor y = at::detail::empty_cpu({batch, outputs}, x.scalar_type());
   run_product(weight, x.dim() == 2 ? x : x.reshape({batch, inputs}), bias, window, y);
   return x.dim() == 2 ? y : y.view(shape);
 }

@@ -137,9 +137,9 @@ void multiply_cell(const SparseMatrix& weight, int64_t cell, const T* x, T* y, i
   }
 }
 
-// A single x: y[place] += Σ survivors · x[column], sixteen rows in the lanes.
+// A single x: sums[place] = Σ survivors · x[column], sixteen rows in the lanes.
 template <class T, class Stored>
-void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, T* y) {
+void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, T* sums) {
   const int64_t* bounds = weight.cells + 2 * cell;
   const Stored* values = static_cast<const Stored*>(weight.values) + bounds[0];
   const uint8_t* columns = weight.columns + bounds[0];
@@ -149,16 +149,19 @@ void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, 
   while (next < end) {
     const Slice slice = read_slice(next);
     next = slice.next_slice;
-    alignas(64) T sums[kSliceRows];
-    const int64_t survivors = lookup.sums(slice, values, columns, sums);
+    alignas(64) T of_slice[kSliceRows];
+    const int64_t survivors = lookup.sums(slice, values, columns, of_slice);
     values += survivors;
     columns += survivors;
-    if (slice.rows == kSliceRows)
+    if (slice.rows == kSliceRows) {
+      uint64_t places[kSliceRows / 8];  // two loads for sixteen
+      std::memcpy(places, slice.places, sizeof(places));
       unrolled(std::make_integer_sequence<int, kSliceRows>{},
-               [&](auto r) { y[slice.places[r]] += sums[r]; });
-    else
+               [&](auto r) { sums[uint8_t(places[r / 8] >> r % 8 * 8)] = of_slice[r]; });
+    } else {
       for (int64_t r = 0; r < slice.rows; ++r)
-        y[slice.places[r]] += sums[r];
+        sums[slice.places[r]] = of_slice[r];
+    }
   }
 }
 
@@ -517,9 +520,19 @@ void run_single(const Task<T>& task) {
       std::fill_n(task.output, rows, T(0));
     else
       std::copy_n(bias + row, rows, task.output);
-    for (int64_t block = 0; block < task.chunks.blocks; ++block)
-      multiply_cell_single<T, Stored>(task.product.weight, chunk * task.chunks.blocks + block,
-                                      task.input + block * kSparseBlock, task.output);
+    // Rows come in another order in each block: their sums are put in order, and then added up.
+    constexpr int64_t kTogether = 8;
+    alignas(64) T sums[kTogether][kMostChunkRows];
+    for (int64_t first = 0; first < task.chunks.blocks; first += kTogether) {
+      const int64_t blocks = std::min(kTogether, task.chunks.blocks - first);
+      std::fill_n(sums[0], blocks * kMostChunkRows, T(0));
+      for (int64_t b = 0; b < blocks; ++b)
+        multiply_cell_single<T, Stored>(task.product.weight, chunk * task.chunks.blocks + first + b,
+                                        task.input + (first + b) * kSparseBlock, sums[b]);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t b = 0; b < blocks; ++b)
+          task.output[r] += sums[b][r];
+    }
     narrow_line(
         task.output, rows,
         static_cast<InOut*>(y.data) + task.example * y.batch_stride + row * y.channel_stride,

@@ -167,9 +167,12 @@ SparsePlan::SparsePlan(const SparseProduct& of, int threads) : product(of) {
   set_extents(this);
   if (!linear)
     set_offsets(this);
-  // A single x is packed in no time: its chunks are dealt out one by one.
-  row_groups = single && threads > 1 ? chunks.count
-                                     : row_groups_of(example_groups * bands, chunks.count, threads);
+  // A single x is packed in no time: its chunks are dealt out one by one, unless they are so few
+  // that each thread would get the same number anyway, from call to call others of them.
+  row_groups = !single || threads == 1
+                   ? row_groups_of(example_groups * bands, chunks.count, threads)
+               : chunks.count <= 4 * threads ? threads
+                                             : chunks.count;
   chunks_per_group = divide_up(chunks.count, std::max<int64_t>(1, row_groups));
   row_groups = divide_up(chunks.count, std::max<int64_t>(1, chunks_per_group));
 }
