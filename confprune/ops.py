@@ -11,9 +11,8 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
 ``level [K]``, and return ``[K, N, ...]``; by output they multiply with `scale`, add `bias`, and end
-with a ReLU where that is asked for, a convolution after it has added ``residual [1 or K, N, ...]``.
-Under ``torch.vmap`` over the level each call with one
-level becomes one call with all.
+with a ReLU where that is asked for, before which a convolution may add a ``residual [1 or K, N,
+...]``. Under ``torch.vmap`` over the level each call with one level becomes one call with all.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ def _grid_rule(operator: Any) -> Any:
         if x_dim is not None:
             x = x.movedim(x_dim, 0).squeeze(1)
         batched = [  # only a residual is
-            value if dim is None else value.movedim(dim, 0).squeeze(1)
+            value.movedim(dim, 0).squeeze(1) if isinstance(dim, int) else value
             for value, dim in zip(settings, setting_dims, strict=True)
         ]
         return operator(x, bias, level.reshape(-1), rows, *batched).unsqueeze(1), 0
