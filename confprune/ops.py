@@ -16,9 +16,8 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
 ``level [K]``, and return ``[K, N, ...]``; by output they multiply with `scale`, add `bias`, and end
-with a ReLU where that is asked for, a convolution after it has added ``residual [1 or K, N, ...]``.
-Under ``torch.vmap`` over the level each call with one
-level becomes one call with all.
+with a ReLU where that is asked for, before which a convolution may add a ``residual [1 or K, N,
+...]``. Under ``torch.vmap`` over the level each call with one level becomes one call with all.
 """
 
 from __future__ import annotations

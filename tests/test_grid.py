@@ -204,6 +204,100 @@ def test_what_follows_a_layer_is_as_the_model_says(way):
     check(followed(way), [torch.randn(20, 1, 4, 4)])
 
 
+def residual(way: str) -> nn.Module:
+    """A network with additions that can be done together with a convolution, or not."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 6, 3, padding=1)
+            self.first = nn.Conv2d(6, 6, 3, padding=1)
+            self.second = nn.Conv2d(6, 6, 3, padding=1)
+            self.shortcut = nn.Conv2d(6, 6, 1)
+            self.norm = nn.BatchNorm2d(6)
+            self.linear = nn.Linear(6 * 16, 5)
+            self.calls = 0
+            for values in (self.norm.running_mean, self.norm.weight, self.norm.bias):
+                nn.init.normal_(values)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            x = F.relu(self.stem(x))
+            y = self.second(F.relu(self.first(x)))
+            z = y if way == "no norm" else self.norm(y)
+            if way == "identity":
+                y = F.relu(z + x)
+            elif way == "no norm":
+                y = torch.add(x, z).relu()
+            elif way == "in place":
+                z += x
+                y = F.relu(z, inplace=True)
+            elif way == "shortcut":
+                y = F.relu(z + self.shortcut(x))
+            elif way == "shortcut first":
+                y = F.relu(self.norm(self.shortcut(x)) + z)
+            elif way == "shortcut in place":
+                z += self.shortcut(x)
+                y = F.relu(z)
+            elif way == "twice the input":
+                y = F.relu(z + x) + x
+            elif way == "itself":
+                y = F.relu(z + z)
+            elif way == "scaled":
+                y = F.relu(torch.add(z, x, alpha=2))
+            elif way == "a number":
+                y = F.relu(z + 1)
+            elif way == "broadcast":
+                y = F.relu(z + x[:, :1])
+            elif way == "after the relu":
+                y = F.relu(z) + x
+            elif way == "residual changes":
+                y = F.relu(z + x.mul_(2))
+            elif way == "residual changed before":
+                x.mul_(2)
+                y = F.relu(z + x)
+            elif way == "residual used before its norm":
+                y = F.relu(self.shortcut(x) + z) + 0.5 * y
+            elif way == "sum used twice":
+                y = z + x
+                y = F.relu(y) + y
+            elif way == "changes":
+                y = F.relu(z + (x if self.calls < 3 else x.clone()))
+            return self.linear(y.flatten(1))
+
+    return Block()
+
+
+@pytest.mark.parametrize("way", ["identity", "no norm", "in place", "shortcut", "shortcut first"])
+def test_residuals_are_added_together_with_their_layer(way):
+    model = residual(way).eval()
+    levels = prune_levels(model, GRID)
+    forward = GridForward(model, levels, [DISTANCE])
+    x = torch.randn(16, 1, 4, 4)
+    forward.evaluate(x, [0, 1])  # with its checks
+    with Functions() as seen:
+        forward._grid_outputs(forward._network, x, [0, 1])
+    assert not {"relu", "relu_", "clamp_min", "add_"} & set(seen.names)
+    assert forward.fallback is None
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("identity", "no norm", "in place", "shortcut", "shortcut first", "shortcut in place"),
+        *("twice the input", "itself", "scaled", "a number", "broadcast", "after the relu"),
+        *("residual changes", "residual changed before", "residual used before its norm"),
+        "sum used twice",
+    ],
+)
+def test_residuals_are_added_as_the_model_says(way):
+    check(residual(way), [torch.randn(20, 1, 4, 4)])
+
+
+def test_a_model_that_changes_its_residual_is_evaluated_level_by_level():
+    check(residual("changes"), [torch.randn(9, 1, 4, 4)], fallback="changed from one call")
+
+
 def test_a_model_that_changes_what_follows_a_layer_is_evaluated_level_by_level():
     check(followed("changes"), [torch.randn(9, 1, 4, 4)], fallback="changed from one call")
 

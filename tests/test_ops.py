@@ -144,6 +144,26 @@ def check(y: Tensor, expected: Tensor, *, filtered: bool) -> None:
         assert torch.equal(y, expected)
 
 
+def check_residual(
+    positions, channels, batch, batch_last, own, relu, rest=(), *, shared=False, dtype=torch.float32
+):
+    """Adding a residual is the same, to the last bit, as adding it to what is written."""
+    (x, bias, level, weight, levels), geometry = conv_case(
+        positions, channels, *(rest or (19, None, 1, 1)), batch=batch, shared=shared, dtype=dtype
+    )
+    rows = prefix_rows(weight.flatten(1), levels.flatten(1), 7, 16)
+    outputs, kernel = weight.shape[0], list(weight.shape[2:])
+    arguments = (x, bias, level, rows, outputs, 16, kernel, *geometry.values())
+    scale = torch.rand(outputs) + 0.5
+    plain = grid_conv(*arguments, scale)
+    residual = torch.randn(plain.shape if own else (1, *plain.shape[1:])).to(dtype)
+    if batch_last:
+        residual = residual.movedim(1, -1).contiguous().movedim(-1, 1)
+    expected = plain + residual
+    y = grid_conv(*arguments, scale, relu, residual)
+    assert torch.equal(y, expected.relu() if relu else expected)
+
+
 # Geometries that real networks have, and the corners of the kernel's packing.
 GEOMETRIES = {
     "1-d": ((17,), 3, 5, (4,), 1, 2),
@@ -254,6 +274,21 @@ class TestProducts:
             positions, 17, 19, padding=padding, batch=batch, shared=shared
         )
         check_conv(tensors, geometry, filtered=True)
+
+    @pytest.mark.parametrize("relu", [False, True])
+    @pytest.mark.parametrize("own", [False, True])
+    @pytest.mark.parametrize("batch_last", [False, True])
+    @pytest.mark.parametrize("batch", [3, 16, 32])
+    @pytest.mark.parametrize("channels", [5, 20])  # those of 20 are filtered minimally
+    def test_a_residual_is_added_before_the_relu(self, channels, batch, batch_last, own, relu):
+        for dtype in DTYPES:
+            check_residual((9, 8), channels, batch, batch_last, own, relu, dtype=dtype)
+
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("name", GEOMETRIES)
+    def test_a_residual_is_added_to_any_convolution(self, name, shared):
+        positions, *rest = GEOMETRIES[name]
+        check_residual(positions, *rest[:1], 16, True, True, True, rest[1:], shared=shared)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_minimal_filtering_of_every_floating_type(self, dtype):
@@ -538,6 +573,21 @@ def test_a_vmapped_linear_layer_is_the_loop_over_levels(x_dim, batch_minor):
     torch.testing.assert_close(y, torch.stack(loop), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("residual_dim", [None, 0, 2])
+def test_a_vmapped_residual_is_that_of_each_level(residual_dim):
+    (x, bias, level, weight, levels), geometry = conv_case((5, 6), padding=1)
+    rows = prefix_rows(weight.flatten(1), levels.flatten(1), 7, 16)
+    settings = (rows, 6, 16, [3, 3], *geometry.values(), None, True)
+    residual = torch.randn(1 if residual_dim is None else 4, 3, 6, 5, 6)
+    expected = grid_conv(x, bias, level, *settings, residual)
+    own = residual if residual_dim is None else residual.unsqueeze(1).movedim(0, residual_dim)
+    y = torch.vmap(
+        lambda level, x, residual: grid_conv(x, bias, level.reshape(1), *settings, residual),
+        (0, 0, residual_dim),
+    )(level, x.unsqueeze(1), own)
+    assert torch.equal(y.squeeze(1), expected)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_vmapped_convolution_is_the_loop_over_levels(shared):
     (x, bias, level, weight, levels), geometry = conv_case((5, 6), padding=1, shared=shared)
@@ -592,7 +642,10 @@ def registered_calls():
         (x, bias, level, weight, levels), geometry = conv_case(positions, padding=1)
         rows = list(prefix_rows(weight.flatten(1), levels.flatten(1), 7, 16))
         sizes = [geometry[name] for name in ("stride", "padding", "dilation", "groups")]
-        yield "grid_conv", (x, bias, level, rows, 6, 16, [3] * len(positions), *sizes)
+        arguments = (x, bias, level, rows, 6, 16, [3] * len(positions), *sizes)
+        yield "grid_conv", arguments
+        residual = torch.randn(1, 3, 6, *positions)
+        yield "grid_conv", (*arguments, torch.ones(6), True, residual)
 
 
 CALLS = list(registered_calls())
@@ -700,6 +753,9 @@ def test_a_linear_layer_with_wrong_arguments_is_refused(changes, error, message)
         ({"groups": 4}, "4 groups do not divide 4 channels and 6 outputs"),
         ({"x": torch.zeros(4, 3, 0, 5, 5)}, "no columns"),
         ({"x": torch.zeros(4, 3, 4, 0, 5), "padding": [2, 0]}, "no positions in dimension 0"),
+        ({"residual": torch.zeros(4, 3, 6, 5, 5)}, r"residual is Float of shape \[4, 3, 6, 5, 5\]"),
+        ({"residual": torch.zeros(2, 3, 6, 3, 3)}, r"for outputs Float of shape \[4, 3, 6, 3, 3\]"),
+        ({"residual": torch.zeros(4, 3, 6, 3, 3).double()}, "residual is Double"),
     ],
 )
 def test_a_convolution_with_wrong_arguments_is_refused(changes, message):
