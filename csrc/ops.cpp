@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "element_of.h"
-#include "huge_pages.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -177,7 +176,6 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const Source source = source_of(scores, "scores");
   Tensor levels =
       at::empty(scores.sizes(), scores.options().dtype(num_levels <= 255 ? at::kByte : at::kShort));
-  ask_for_huge_pages(levels.mutable_data_ptr(), levels.nbytes());
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
