@@ -13,7 +13,6 @@
 
 #include "arguments.h"
 #include "cuda_build.h"
-#include "huge_pages.h"
 #include "kernels/grid_product.h"
 #include "kernels/instruction_set.h"
 #include "kernels/prefix_rows.h"
@@ -145,7 +144,6 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
 
   const Source source = source_of(scores, "scores");
   Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
-  ask_for_huge_pages(levels.mutable_data_ptr(), levels.nbytes());
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);

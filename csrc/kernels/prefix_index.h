@@ -41,7 +41,7 @@ class PrefixIndex {
     }
   }
 
-  // Writes the keys that may have a known prefix to `found`, in any order; returns their number.
+  // Writes the keys that may have a known prefix to `found`, in order; returns their number.
   template <class K, class T, class Bits>
   int64_t filter(const T* x, int64_t count, Bits* found) const {
     if constexpr (std::is_same<T, float>::value && sizeof(Bits) == sizeof(float))
