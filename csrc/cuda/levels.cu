@@ -83,7 +83,7 @@ class Worker {
   __device__ Worker(const Cuts& cuts, const Table& table, const Shares& shares)
       : cuts_(cuts),
         shares_(shares),
-        tie_(*table.tie != 0),
+        tie_(table.tie),
         list_(static_cast<const Cut<kKey>*>(table.cuts)) {
     if constexpr (kWindow<kKey>)
       cells_ = *table.window;
@@ -138,7 +138,7 @@ class Worker {
     Level* const levels = static_cast<Level*>(tile.segment->levels) + tile.at;
     find_codes<kFrom>(data, tile.size);
     __syncthreads();
-    if (tie_) {
+    if (*tie_ != 0) {
       find_equals();
       __syncthreads();
     }
@@ -296,7 +296,7 @@ class Worker {
 
   const Cuts& cuts_;
   const Shares& shares_;
-  const bool tie_;
+  const int* const tie_;  // whether any value is straddled; in memory, for want of a register
   const Cut<kKey>* const list_;
   Cells<kKey> cells_;
   int tile_ = 0;  // of the launch
