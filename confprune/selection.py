@@ -27,7 +27,7 @@ from confprune.distributed import ALONE, Ranks
 _FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
 _COLLECT = 1 << 17  # keys that are always few enough to be sorted
 _MOST = 1 << 22  # keys that are collected, however many scores there are
-_DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a uniform rank
+_DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a rank among uniform keys
 
 MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
 """Bits of a key below its exponent."""
@@ -127,13 +127,14 @@ def select(
         histogram = ranks.sum(_count(scores, key, prefixes, shift, digit_bits))
         if first:
             _check_nan(scores, key, histogram[0], shift)
-        cumulative = histogram.cumsum(axis=1)
-        row = np.zeros(len(rank), dtype=np.int64) if first else np.searchsorted(prefixes, prefix)
-        for j in cutting:
-            digit = int(np.searchsorted(cumulative[row[j]], rank[j] - below[j]))
-            below[j] += cumulative[row[j], digit] - histogram[row[j], digit]
-            equal[j] = histogram[row[j], digit]
-            prefix[j] = (prefix[j] << digit_bits) | digit
+        row = 0 if first else np.searchsorted(prefixes, prefix[cutting])
+        before = np.zeros(histogram.size + 1, dtype=np.int64)  # keys in all cells before one
+        np.cumsum(histogram, out=before[1:])
+        start = before[row << digit_bits]
+        cell = np.searchsorted(before, start + (rank - below)[cutting]) - 1
+        below[cutting] += before[cell] - start
+        equal[cutting] = before[cell + 1] - before[cell]
+        prefix[cutting] = prefix[cutting] << digit_bits | cell & ((1 << digit_bits) - 1)
         prefixes = np.unique(prefix[cutting])
         if shift == 0 or not len(cutting):
             break
@@ -165,7 +166,7 @@ def _interpolate(
     """
     row = np.searchsorted(inside.prefixes, inside.prefix)
     width = 1 << inside.shift
-    margin = _DEVIATIONS / 2 * np.sqrt(inside.size) + 8
+    margin = _DEVIATIONS * np.sqrt(inside.rank * (1 - inside.rank / inside.size)) + 8
     scale = width / inside.size
     low = np.full(len(inside.prefixes), width, dtype=np.int64)
     high = np.zeros(len(inside.prefixes), dtype=np.int64)
@@ -183,7 +184,7 @@ def _interpolate(
     keys = collect_keys(scores, key, inside.prefixes, inside.shift, low, high, 2 * limit, below)
     if ranks.sum(np.array([len(keys)]))[0] > 2 * limit:
         return None
-    keys, below = np.sort(ranks.concatenate(keys)), ranks.sum(below)
+    keys, below = _sorted(ranks.concatenate(keys)), ranks.sum(below)
     start, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, "right")
     at = start[row] + inside.rank - below[row] - 1
     if np.any((at < start[row]) | (at >= stop[row])):
@@ -191,6 +192,11 @@ def _interpolate(
     cut = keys[at]
     left, right = np.searchsorted(keys, cut), np.searchsorted(keys, cut, "right")
     return cut, below[row] + left - start[row], right - left
+
+
+def _sorted(keys: np.ndarray) -> np.ndarray:
+    """Sorted, by torch: several times as fast as NumPy's vectors are on some processors."""
+    return torch.from_numpy(keys).sort().values.numpy()
 
 
 def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> dict[str, Tensor]:

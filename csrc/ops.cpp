@@ -163,9 +163,11 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   const bool* flags = straddled.const_data_ptr<bool>();
   cuts.straddled.assign(flags, flags + cuts_size);
   int64_data(ranks, "ranks");
+  const int bits = key_bits(cuts.key);
   for (int64_t cut = 0; cut < cuts_size; ++cut)
-    TORCH_CHECK_VALUE(values[cut] >= 0 && (cut == 0 || values[cut] > values[cut - 1]),
-                      "thresholds must be increasing keys, got ", values[cut]);
+    TORCH_CHECK_VALUE(
+        values[cut] >= 0 && values[cut] >> bits == 0 && (cut == 0 || values[cut] > values[cut - 1]),
+        "thresholds must be increasing keys of ", bits, " bits, got ", values[cut]);
   for (int64_t cut = 0; cut <= cuts_size; ++cut)
     TORCH_CHECK_VALUE(first[cut] >= (cut == 0 ? 0 : first[cut - 1]) && first[cut] <= num_levels,
                       "first_level must not decrease, in [0, ", num_levels, "], got ", first[cut]);

@@ -808,6 +808,7 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
         ({"first_level": longs(-1, 2)}, ValueError, "first_level"),
         ({"first_level": longs(2, 0)}, ValueError, "first_level"),
         ({"thresholds": longs(-5)}, ValueError, "thresholds must be increasing keys"),
+        ({"thresholds": longs(1 << 31)}, ValueError, "increasing keys of 31 bits, got 2147483648"),
         ({"straddled": longs(1)}, TypeError, "straddled must be a contiguous bool"),
         ({"ties": torch.zeros(32768).long()}, ValueError, "at most 32767 levels"),
         ({"ranks": torch.zeros(1)}, TypeError, "ranks must be a contiguous int64"),

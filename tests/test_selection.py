@@ -164,10 +164,24 @@ def test_ties_are_broken_by_position_across_tensors_and_threads(dtype, number):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("levels", [1, 2, 254, 255, 256, 1000])
-def test_grids_of_any_size(levels):
-    scores = {"w": torch.randn(3000).bfloat16(), "v": torch.randn(500).bfloat16()}
+def test_grids_of_any_size(levels, dtype):
+    scores = {"w": torch.randn(3000).to(dtype), "v": torch.randn(500).to(dtype)}
     check(scores, [round(3500 * j / levels) for j in range(levels)])
+
+
+@pytest.mark.parametrize("octaves", [4, 30, 250])
+def test_magnitudes_over_many_octaves(octaves):
+    scores = {"w": torch.exp2(torch.rand(70_001) * octaves - octaves / 2)}
+    check(scores, some_counts(70_001, 50))
+
+
+def test_a_bin_may_hold_many_cuts():
+    # Within 1 % of one another; every other weight is far away.
+    near = 1 + torch.rand(40_000) / 100
+    scores = {"w": torch.cat([near, torch.randn(30_000) * 1e-3])}
+    check(scores, [30_000 + 100 * j for j in range(200)])
 
 
 def test_the_longest_grid_uses_the_whole_of_int16():

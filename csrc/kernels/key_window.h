@@ -11,11 +11,11 @@ struct KeyWindow {
   static constexpr uint32_t kBins = 4096;
   int shift;
   uint32_t base;  // smallest key of the window
-  uint32_t flags[kBins / 32];
+  uint16_t flags[kBins / 16];
 };
 
 // Writes to `found` the keys of `count` float32 weights that lie in a flagged bin, in order, and
-// returns how many. `found` has room for `count`, rounded up to a multiple of 16.
+// returns how many. `found` has room for `count`, rounded up to a multiple of 32.
 using KeyFilter = int64_t (*)(const float* weights, int64_t count, const KeyWindow& window,
                               uint32_t* found);
 

@@ -4,10 +4,12 @@
 // NaN above it). All functions work on a range of one tensor's elements, in logical (row-major)
 // order, so that any split over threads, tensors, files or machines gives the same answer.
 //
-// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one increment
-// or one table look-up per element, one to two cycles each; memory bandwidth is near.
+// Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one counter a
+// cycle is as many as a core stores, so a histogram takes one cycle per element and a little more
+// (float32: twice what memory takes); what is filtered, and what is looked up, comes near memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -56,7 +58,8 @@ struct Brackets {
 };
 
 // Appends to `keys` the bracketed keys of elements [begin, end), and adds to below[i] the number of
-// those with prefix i under their bracket. Stops early when there are more than `limit`.
+// those with prefix i under their bracket. Stops early, not at once, when there are more than
+// `limit`.
 void collect(const Source& source, int64_t begin, int64_t end, const Brackets& brackets,
              int64_t* below, std::vector<int64_t>* keys);
 
@@ -78,7 +81,9 @@ class CutTable {
  public:
   explicit CutTable(Cuts cuts);
   const Cuts& cuts() const { return cuts_; }
-  bool any_straddled() const { return !straddled_.empty(); }
+  bool any_straddled() const {
+    return std::find(cuts_.straddled.begin(), cuts_.straddled.end(), 1) != cuts_.straddled.end();
+  }
 
   // Adds the number of elements equal to each straddled value to `equal`, [values].
   void count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const;
@@ -98,9 +103,8 @@ class CutTable {
                   Level* levels) const;
 
   Cuts cuts_;
-  int shift_;
-  std::vector<uint64_t> straddled_;  // values
-  std::vector<int16_t> table_;       // the level, or -1 - (first cut) where cuts lie within the bin
+  std::vector<int16_t> level_;      // by bin, or -1 where a cut divides the bin's keys
+  std::vector<int16_t> first_cut_;  // by bin: the first that is not below it
 };
 
 }  // namespace confprune
