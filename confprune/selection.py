@@ -133,7 +133,8 @@ def select(
         if first and histogram[0, infinity_key(key) >> shift :].any():
             _check_nan(scores)
         row = 0 if first else np.searchsorted(prefixes, prefix[cutting])
-        before = np.append(0, histogram.cumsum())  # keys in all cells before one
+        before = np.zeros(histogram.size + 1, dtype=np.int64)  # keys in all cells before one
+        np.cumsum(histogram, out=before[1:])
         start = before[row << digit_bits]
         cell = np.searchsorted(before, start + (rank - below)[cutting]) - 1
         below[cutting] += before[cell] - start
