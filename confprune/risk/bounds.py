@@ -236,7 +236,8 @@ def upper_bound(losses: ArrayLike, delta: float, pvalue: str = "auto") -> FloatA
     def log_pvalue(alpha: FloatArray, column: IntArray) -> FloatArray:
         process = BettingProcess(alpha, len(column), n, delta)
         process.update(matrix[:, column])
-        return np.log(process.pvalues())
+        with np.errstate(divide="ignore"):  # far from alpha a p-value is too small for a number
+            return np.log(process.pvalues())
 
     return _crossing(log_pvalue, np.full(levels, delta), sums / n, np.ones(levels), tolerance=1e-9)
 

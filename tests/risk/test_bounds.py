@@ -108,6 +108,12 @@ def test_bounds_from_losses_for_every_pvalue():
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_pvalues_that_are_too_small_for_a_number_pass_in_silence():
+    losses = np.zeros((5000, 1))
+    assert 0 < bounds.upper_bound(losses, 0.1, "betting")[0] < 0.001
+
+
 @pytest.mark.parametrize("name", [name for name in pvalues.PVALUES if name != "clt"])
 def test_bounds_cover_the_risk(name):
     rng = np.random.default_rng(1)
