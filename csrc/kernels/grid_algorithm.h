@@ -111,10 +111,12 @@ struct Finish {
     }
   }
 
+  // Into the first-level cache (3), or the second (2).
+  template <int locality>
   void prefetch(const T* place) const {
-    __builtin_prefetch(place, 1);
+    __builtin_prefetch(place, 1, locality);
     if (residual != nullptr)
-      __builtin_prefetch(residual + (place - outputs));
+      __builtin_prefetch(residual + (place - outputs), 0, locality);
   }
 
   const T* scale;
@@ -151,7 +153,7 @@ void level_tile(const GridDetails& d, Place places, int64_t k, int64_t row_begin
       T* const to = out.data + (row - row_begin) * out.row_stride;
       if (last)  // while the row is summed
         for (int v = 0; v < V; ++v)
-          finish.prefetch(to + v * L::kWidth);
+          finish.template prefetch<3>(to + v * L::kWidth);
       typename L::Vector sum[V] = {};
       accumulate<T, V>(sum, values + starts[row], rows.columns + starts[row], counts[row], place,
                        groups == 1 ? input : input + row / rows_per_group * group_size);
@@ -188,10 +190,13 @@ void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const
     for (int64_t k = product.num_levels - 1; k >= 0; --k) {
       const int64_t count = rows.counts[product.levels[k] * rows.rows + row];
       const int64_t from = rows.starts[row] + done;
+      T* const to = out.data + k * level_stride + (row - row_begin) * out.row_stride;
+      for (int v = 0; v < V && k >= 2; ++v)  // while others are summed
+        __builtin_prefetch(to - 2 * level_stride + v * L::kWidth, 1);
       accumulate<T, V>(sum, values + from, rows.columns + from, count - done,
                        Lookup{d.packed.offsets.data()}, input);
       done = count;
-      finish.write(sum, row, out.data + k * level_stride + (row - row_begin) * out.row_stride);
+      finish.write(sum, row, to);
     }
   }
 }

@@ -218,11 +218,11 @@ int64_t GridPlan::scratch_bytes() const {
   int64_t work = tile_rows * d.lanes;
   if (!d.winograd.levels.empty()) {
     const Convolution& c = d.product.convolution;
-    constexpr int64_t kMostRows = 8;  // rows are filled up to the dense product's
+    constexpr int64_t kMostRows = 8;  // of the dense product, to whose number rows are filled up
     const int64_t lanes = d.winograd.step * d.packed.chunk;
     const int64_t rows = std::min(d.row_tile, d.product.rows.rows) + kMostRows;
     const int64_t channels = c.channels, image = c.input[1] * c.input[2] * d.packed.chunk;
-    const int64_t products = kPointRoom * rows * lanes;
+    const int64_t products = kPointRoom * kFilteredRows * lanes;
     work = std::max(work, channels * image + kPoints * (rows * channels + kPointGap) +
                               kPointRoom * channels * lanes +
                               std::max(products, d.product.rows.row_size * kMostRows));

@@ -48,6 +48,7 @@ constexpr int kSide = kOutputSide + 2;  // of its inputs
 constexpr int64_t kPoints = kSide * kSide;
 constexpr int64_t kPointRoom = kPoints + 1;  // odd, so that a point's vectors share few sets
 constexpr int64_t kPointGap = 16;  // elements that keep the points out of each other's cache lines
-constexpr int64_t kSharedRows = 16;  // rows whose K outputs are held while an input is shared
+constexpr int64_t kFilteredRows = 32;  // rows whose products are held, a multiple of kDenseRows
+constexpr int64_t kSharedRows = 16;    // rows whose K outputs are held while an input is shared
 
 }  // namespace confprune

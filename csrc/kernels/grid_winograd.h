@@ -4,7 +4,9 @@
 // 4 x 4 neighbouring outputs take 36 multiplications a channel instead of 144 (Lavin & Gray, arXiv
 // 1509.09308, section 4.2), but the transformed weights are dense: it pays at levels where many
 // weights are alive. Tiles of 6 x 6 inputs are transformed a few at a time, each of their 36 points
-// is a matrix product over the channels, and the products are transformed back.
+// is a matrix product over the channels, and the products are transformed back, a few rows at a
+// time. Products leave memory idle, so that meanwhile what the transforms read and write next is
+// fetched into the second-level cache.
 
 namespace confprune {
 namespace {
@@ -12,6 +14,7 @@ namespace {
 // Rows and vectors of the dense product whose sums stay in registers.
 constexpr int kDenseRows = CONFPRUNE_VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int kDenseVectors = 3;
+static_assert(kFilteredRows % kDenseRows == 0);
 
 typedef float DenseColumn __attribute__((vector_size(kDenseRows * sizeof(float))));
 typedef float UnalignedDenseColumn
@@ -223,36 +226,42 @@ inline void transform_outputs(const float* products,
   });
 }
 
+// Where the outputs of a tile are; the last tiles may stand out.
+struct TileOutputs {
+  int64_t corner;
+  int lines, positions;
+};
+
+TileOutputs tile_outputs(const GridDetails& d, int64_t tile) {
+  const Convolution& c = d.product.convolution;
+  const Activation& layout = d.product.y;
+  const int64_t line = tile / d.winograd.tiles[1] * kOutputSide;
+  const int64_t position = tile % d.winograd.tiles[1] * kOutputSide;
+  return {line * layout.position_strides[1] + position * layout.position_strides[2],
+          int(std::min<int64_t>(kOutputSide, c.output[1] - line)),
+          int(std::min<int64_t>(kOutputSide, c.output[2] - position))};
+}
+
 // Tiles [begin, end) of one output row, from their products [tile, vector of examples, point].
 template <class Output>
 void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t row,
                      const float* products, int64_t begin, int64_t end, Output* y, int64_t count) {
   using L = Lanes<float>;
-  const Convolution& c = d.product.convolution;
   const Activation& layout = d.product.y;
   const bool direct = std::is_same<Output, float>::value && layout.batch_stride == 1;
-  const int64_t ahead = layout.channel_stride;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t line = tile / d.winograd.tiles[1] * kOutputSide;
-    const int64_t position = tile % d.winograd.tiles[1] * kOutputSide;
-    // The last tiles may stand out.
-    const int lines = int(std::min<int64_t>(kOutputSide, c.output[1] - line));
-    const int positions = int(std::min<int64_t>(kOutputSide, c.output[2] - position));
-    Output* const corner =
-        y + line * layout.position_strides[1] + position * layout.position_strides[2];
+  for (int64_t at = begin; at < end; ++at) {
+    const TileOutputs tile = tile_outputs(d, at);
     for (int64_t b = 0; b < d.packed.chunk; b += L::kWidth, products += L::kWidth * kPointRoom) {
       const int64_t valid = std::min<int64_t>(L::kWidth, count - b);
       typename L::Vector sums[kOutputSide][kOutputSide];
       transform_outputs(products, sums);
       unrolled<kOutputSide>([&](auto r) {
         unrolled<kOutputSide>([&](auto p) {
-          if (r >= lines || p >= positions)
+          if (r >= tile.lines || p >= tile.positions)
             return;
           const typename L::Vector sum[1] = {sums[r][p]};
-          Output* to = corner + r * layout.position_strides[1] + p * layout.position_strides[2] +
-                       b * layout.batch_stride;
-          if (direct)
-            finish.prefetch(reinterpret_cast<const float*>(to + ahead));
+          Output* to = y + tile.corner + r * layout.position_strides[1] +
+                       p * layout.position_strides[2] + b * layout.batch_stride;
           if (direct && valid == L::kWidth) {
             finish.write(sum, row, reinterpret_cast<float*>(to));
           } else {
@@ -264,6 +273,46 @@ void winograd_output(const GridDetails& d, const Finish<float>& finish, int64_t 
         });
       });
     }
+  }
+}
+
+// Fetches a share of the channels of tiles [begin, end), beyond what their neighbours above and to
+// the left have read. The examples of a position share a cache line. Inlined by force: a function
+// that does nothing else counts as one without effect, and its calls as superfluous.
+__attribute__((always_inline)) inline void prefetch_inputs(const GridDetails& d, const Image& image,
+                                                           int64_t begin, int64_t end,
+                                                           int64_t channel_begin,
+                                                           int64_t channel_end) {
+  constexpr int kOverlap = kSide - kOutputSide;
+  for (int64_t tile = begin; tile < end && channel_begin < channel_end; ++tile) {
+    const TileInputs inputs = tile_inputs(d, image, tile);
+    for (int64_t channel = channel_begin; channel < channel_end; ++channel)
+      for (int64_t r = std::max(kOverlap, inputs.first[0]); r < inputs.last[0]; ++r) {
+        const float* line = inputs.corner + channel * image.channel_stride + r * image.strides[0];
+        for (int64_t c = std::max(kOverlap, inputs.first[1]); c < inputs.last[1]; ++c)
+          __builtin_prefetch(line + c * image.strides[1], 0, 2);
+      }
+  }
+}
+
+// Fetches what rows [row_begin, row_end) of tiles [begin, end) will write, and their residuals.
+template <class Output>
+__attribute__((always_inline)) inline void prefetch_outputs(const GridDetails& d,
+                                                            const Finish<float>& finish,
+                                                            int64_t begin, int64_t end,
+                                                            int64_t row_begin, int64_t row_end,
+                                                            const Output* y) {
+  const Activation& layout = d.product.y;
+  if (!std::is_same<Output, float>::value || layout.batch_stride != 1)
+    return;
+  for (int64_t at = begin; at < end; ++at) {
+    const TileOutputs tile = tile_outputs(d, at);
+    for (int64_t row = row_begin; row < row_end; ++row)
+      for (int64_t r = 0; r < tile.lines; ++r)
+        for (int64_t p = 0; p < tile.positions; ++p)
+          finish.prefetch<2>(reinterpret_cast<const float*>(
+              y + row * layout.channel_stride + tile.corner + r * layout.position_strides[1] +
+              p * layout.position_strides[2]));
   }
 }
 
@@ -320,24 +369,35 @@ void run_winograd(const GridDetails& d, int64_t k, int64_t row_begin, int64_t ro
     part = stop;
     const int64_t example = at * chunk, count = std::min(chunk, product.batch - example);
     const Image image = image_of(d, x + example * product.x.batch_stride, count, scratch);
+    InOut* const outputs = y + example * product.y.batch_stride;
     for (int64_t begin = tile_begin; begin < tile_end; begin += d.winograd.step) {
       const int64_t end = std::min(tile_end, begin + d.winograd.step);
       const int64_t vectors = (end - begin) * chunk / L::kWidth;
       const int64_t stride = vectors * L::kWidth * kPointRoom;  // from channel to channel
+      const int64_t next = std::min(tile_end, end + d.winograd.step);
       winograd_input(d, image, begin, end, inputs, finite);
-      for (int64_t point = 0; point < kPoints; ++point)
-        for (int64_t v = 0; v < vectors; v += kDenseVectors)
-          for (int64_t group = 0; group < groups; ++group)
-            with_vectors<kDenseVectors>(vectors - v, [&](auto V) {
-              const int64_t at = (v * kPointRoom + point) * L::kWidth;
-              dense_tile<V()>(weights + point * weight_size + group * channels * kDenseRows,
-                              inputs + at, channels, stride,
-                              products + group * kDenseRows * stride + at);
-            });
-      for (int64_t row = row_begin; row < row_end; ++row)
-        winograd_output(d, finish, row, products + (row - row_begin) * stride, begin, end,
-                        y + example * product.y.batch_stride + row * product.y.channel_stride,
-                        count);
+      for (int64_t first = row_begin; first < row_end; first += kFilteredRows) {
+        const int64_t last = std::min(row_end, first + kFilteredRows);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          const auto share = [&](int64_t all) { return all * point / kPoints; };
+          const auto share_end = [&](int64_t all) { return all * (point + 1) / kPoints; };
+          prefetch_outputs(d, finish, begin, end, first + share(last - first),
+                           first + share_end(last - first), outputs);
+          if (last == row_end)
+            prefetch_inputs(d, image, end, next, share(channels), share_end(channels));
+          for (int64_t v = 0; v < vectors; v += kDenseVectors)
+            for (int64_t row = first; row < last; row += kDenseRows)
+              with_vectors<kDenseVectors>(vectors - v, [&](auto V) {
+                const int64_t at = (v * kPointRoom + point) * L::kWidth;
+                dense_tile<V()>(weights + point * weight_size + (row - row_begin) * channels,
+                                inputs + at, channels, stride,
+                                products + (row - first) * stride + at);
+              });
+        }
+        for (int64_t row = first; row < last; ++row)
+          winograd_output(d, finish, row, products + (row - first) * stride, begin, end,
+                          outputs + row * product.y.channel_stride, count);
+      }
     }
   }
   if (!finite.all())
