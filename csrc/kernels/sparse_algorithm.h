@@ -541,7 +541,7 @@ void add_chunk_single(const Task<T>& task, int64_t chunk, T (&output)[kMostChunk
       multiply_cell_single<T, Stored>(task.product.weight, chunk * task.chunks.blocks + first + b,
                                       task.input + (first + b) * kSparseBlock, sums[b]);
     }
-    // In vectors by hand: compilers that must let 64-bit numbers wrap add one row after the other.
+    // In vectors by hand: with -fwrapv, which Python asks of its extensions, GCC takes row by row.
     for (int64_t r = 0; r < task.chunks.rows(chunk); r += L::kLanes)
       for (int64_t b = 0; b < blocks; ++b)
         L::at(output + r, 0) += L::at(sums[b] + r, 0);

@@ -91,7 +91,8 @@ struct Lookup<float> {
     found[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
   }
 
-  // The rows of the first `count` of a slice's steps, at most eight, a byte each.
+  // The rows of the first `count` of some steps, at most eight, a byte each; `end` is their
+  // slice's.
   static uint64_t rows_of(const uint8_t* steps, int64_t count, const uint8_t* end) {
     uint64_t rows = 0;
     if (end - steps >= int64_t(sizeof(rows))) {
@@ -115,7 +116,8 @@ struct Lookup<float> {
       even = _mm512_fmadd_ps(load_sixteen(values + at + 32, 0xffff), found[2], even);
       odd = _mm512_fmadd_ps(load_sixteen(values + at + 48, 0xffff), found[3], odd);
     }
-    // The other steps are four at a time as well: a byte of `rows` for each of them.
+    // The other steps are four at a time as well. `rows` has a byte for each of them: the whole
+    // ones, at most three, and up to five others.
     int64_t whole = slice.full - step, left = slice.partial;
     const uint8_t* next = slice.step_rows;
     do {
