@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -21,34 +22,37 @@ FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
 _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
-def build(folder: Path, *flags: str) -> ctypes.CDLL:
-    """Compile all kernels, with what the tests call, to one library."""
+def build(sources: Iterable[Path], target: Path, *flags: str) -> Path:
+    """Compile sources for the stand-in, to a program, or to a library if that is what flags say."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{_CSRC}", f"-I{_HERE}"]
     objects = []
     steps = []
-    for source in sorted([*_CSRC.glob("cuda/*.cu"), *_HERE.glob("exports*.cpp")]):
-        objects.append(str(folder / f"{source.stem}.o"))
+    for source in sources:
+        objects.append(str(target.with_name(f"{source.stem}.o")))
         command = [*compiler, *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source)]
         steps.append(subprocess.Popen([*command, "-o", objects[-1]], stderr=subprocess.PIPE))
     for step in steps:
         assert step.wait() == 0, step.communicate()[1].decode()
-    library = folder / "lockstep.so"
-    subprocess.run([*compiler, *flags, "-shared", *objects, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run([*compiler, *flags, *objects, "-o", str(target)], check=True)
+    return target
 
 
 @cache
 def library(*flags: str) -> ctypes.CDLL:
-    """Load what `build` makes; it is kept under build/ for as long as no source changes."""
+    """Load all kernels, with what the tests call.
+
+    The library is kept under build/ for as long as no source changes.
+    """
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted([*_CSRC.rglob("*.h"), *_CSRC.glob("cuda/*.cu"), *_HERE.glob("*.*")]):
         digest.update(path.read_bytes())
-    folder = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16]
-    if (folder / "lockstep.so").is_file():
-        return ctypes.CDLL(str(folder / "lockstep.so"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return build(folder, *flags)
+    target = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16] / "lockstep.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sources = sorted([*_CSRC.glob("cuda/*.cu"), *_HERE.glob("exports*.cpp")])
+        build(sources, target, "-shared", *flags)
+    return ctypes.CDLL(str(target))
 
 
 def kernels(

@@ -4,8 +4,8 @@
 // its warp, or for another block. A few blocks are resident at once and take turns. The order of
 // the turns is drawn from a seed, so that what depends on it shows. What a device would leave
 // undefined stops the program with a message: operations of half a warp, lanes in different
-// operations, threads that leave others at a barrier, shared memory over the limit, waiting for
-// ever. Asynchronous copies arrive at the wait and not before.
+// operations, threads at different barriers or that leave others at one, grids and shared memory
+// over the limits, waiting for ever. Asynchronous copies arrive at the wait and not before.
 #pragma once
 
 #include <setjmp.h>
@@ -112,6 +112,7 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
   int live = 0, arrived = 0, generation = 0;
+  int line = 0;  // of the barrier at which threads wait
 };
 
 class Machine {
@@ -129,6 +130,8 @@ class Machine {
       fail("more shared memory than a block may have");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
       fail("an empty grid");
+    if (grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu)
+      fail("a larger grid than a device takes");
     kernel_ = std::move(kernel);
     gridDim = grid;
     blockDim = block;
@@ -166,8 +169,11 @@ class Machine {
     leave(false);
   }
 
-  void barrier() {
+  void barrier(int line) {
     Block& block = *current_->block;
+    if (block.arrived > 0 && block.line != line)
+      fail("threads of one block are at different barriers");
+    block.line = line;
     if (++block.arrived == int(block.fibers.size())) {
       block.arrived = 0;
       ++block.generation;
@@ -400,8 +406,8 @@ inline void whole_warp(unsigned mask) {
 
 // The intrinsics, by their own names.
 
-inline void __syncthreads() {
-  lockstep::Machine::instance().barrier();
+inline void __syncthreads(int line = __builtin_LINE()) {
+  lockstep::Machine::instance().barrier(line);
 }
 inline void __syncwarp() {
   lockstep::exchange(lockstep::Operation::sync, 0);
