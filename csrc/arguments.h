@@ -59,11 +59,11 @@ inline Element check_brackets(const at::Tensor& scores, at::ScalarType key,
   return key_element;
 }
 
-inline Element check_cuts(const at::Tensor& scores, at::ScalarType key,
-                          const at::Tensor& thresholds, const at::Tensor& first_level,
-                          const at::Tensor& ties, const at::Tensor& straddled,
-                          const at::Tensor& ranks) {
-  check_key(scores.scalar_type(), key);
+inline Element check_cuts(at::TensorList scores, at::ScalarType key, const at::Tensor& thresholds,
+                          const at::Tensor& first_level, const at::Tensor& ties,
+                          const at::Tensor& straddled, const at::Tensor& ranks) {
+  for (const at::Tensor& tensor : scores)
+    check_key(tensor.scalar_type(), key);
   const int64_t cuts = thresholds.numel(), num_levels = ties.numel();
   TORCH_CHECK_VALUE(
       first_level.numel() == cuts + 1 && straddled.numel() == cuts && ranks.numel() == cuts,

@@ -218,12 +218,10 @@ def assign(
 def check_assign(scores: list[Tensor], cuts: Cuts, **options: int) -> None:
     """As on the CPU, in one call, and in one for each tensor."""
     values, *others = tables(cuts)
-    passed = torch.zeros(len(values), dtype=torch.int64)
-    expected = [
-        torch.ops.confprune.assign_levels(tensor, cuts.key, values, *others, passed)
-        for tensor in scores
-    ]
-    together, apart = torch.zeros_like(passed), torch.zeros_like(passed)
+    together, apart = (torch.zeros(len(values), dtype=torch.int64) for _ in range(2))
+    expected, passed = torch.ops.confprune.assign_levels(
+        scores, cuts.key, values, *others, together
+    )
     found = assign(scores, cuts, together, **options)
     assert all(map(torch.equal, found, expected))
     assert torch.equal(together, passed)
