@@ -69,6 +69,8 @@ inline Element check_cuts(at::TensorList scores, at::ScalarType key, const at::T
       first_level.numel() == cuts + 1 && straddled.numel() == cuts && ranks.numel() == cuts,
       "thresholds, first_level, straddled and ranks disagree in size");
   TORCH_CHECK_VALUE(num_levels <= 32767, "at most 32767 levels are supported, got ", num_levels);
+  TORCH_CHECK_VALUE(cuts <= num_levels, "thresholds holds ", cuts, " keys for ", num_levels,
+                    " levels; they must be distinct");
   TORCH_CHECK_TYPE(straddled.scalar_type() == at::kBool && straddled.is_contiguous(),
                    "straddled must be a contiguous bool tensor");
   int64_data(thresholds, "thresholds");

@@ -872,6 +872,7 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
         ({"thresholds": longs(1 << 31)}, ValueError, "increasing keys of 31 bits, got 2147483648"),
         ({"straddled": longs(1)}, TypeError, "straddled must be a contiguous bool"),
         ({"ties": torch.zeros(32768).long()}, ValueError, "at most 32767 levels"),
+        ({"ties": longs()}, ValueError, "thresholds holds 1 keys for 0 levels"),
         ({"ranks": torch.zeros(1)}, TypeError, "ranks must be a contiguous int64"),
     ],
 )

@@ -239,6 +239,8 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels
   TORCH_CHECK_VALUE(x.dim() == 3, "masked_linear takes x [1 or K, N, in], got ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.size(1) > 0,
                     "weight has shape ", weight.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(weight.size(1) <= INT32_MAX, "weight has ", weight.size(1), " inputs; at most ",
+                    INT32_MAX, " are supported");
   check_levelled(weight, levels);
   TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte, "levels must be uint8, got ",
                    levels.scalar_type());
