@@ -272,6 +272,11 @@ def test_levels_of_what_is_not_aligned(skip, offset, levels):
     check_assign(scores, inner_cuts(scores, levels), skip=skip)
 
 
+def test_levels_of_many_tensors_some_empty_some_not_aligned():
+    scores = [torch.randint(-5, 6, (i % 9 * 3 + 1,)).float()[i % 2 :] for i in range(130)]
+    check_assign(scores, inner_cuts(scores, 20))
+
+
 def test_no_cut_leaves_all():
     scores = [torch.randn(50), torch.zeros(0), torch.zeros(3)]
     check_assign(scores, selection.select(named(scores), [0, 0]))
