@@ -15,7 +15,7 @@ from benchmarks.records import Row
 
 Group = Callable[[], Iterator[Row]]
 
-PATIENCE = 150.0
+PATIENCE = 180.0
 """Seconds that a row may take."""
 
 
