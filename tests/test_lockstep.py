@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lockstep import build
+from lockstep import build, sanitizer_runtime
 
 SEEDS = range(6)
 
@@ -50,3 +50,12 @@ def test_undefined_behaviour_is_told(mistakes: Path, mistake: str, message: str)
 @pytest.mark.parametrize("mistake", ["early", "others", "race"])
 def test_what_depends_on_luck_shows(mistakes: Path, mistake: str) -> None:
     assert any(run(mistakes, mistake, seed).returncode != 0 for seed in SEEDS)
+
+
+def test_what_nothing_orders_is_found_whatever_the_order(tmp_path: Path) -> None:
+    sanitizer_runtime("thread")
+    source = Path(__file__).with_name("lockstep") / "mistakes.cpp"
+    program = build([source], tmp_path / "mistakes", "-fsanitize=thread")
+    assert run(program, "none", 0).returncode == 0
+    for mistake in ("race", "others"):
+        assert "data race" in run(program, mistake, 0).stderr

@@ -67,19 +67,34 @@ def kernels(
     return found
 
 
-def check_sanitized(file: str, tests: str) -> None:
-    """Run the tests of a file that match an expression (`pytest -k`) under AddressSanitizer."""
+_SANITIZERS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0"},
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1"},
+}
+
+
+def sanitizer_runtime(sanitizer: str) -> str:
+    """The library of a sanitizer; skips the test where the compiler has none."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    runtime = subprocess.run(
-        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    name = f"lib{sanitizer[0]}san.so"
+    path = subprocess.run(
+        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no AddressSanitizer")
+    if not os.path.isabs(path):
+        pytest.skip(f"the compiler has no {name}")
+    return path
+
+
+def check_sanitized(file: str, tests: str, sanitizer: str) -> None:
+    """Run the tests of a file that match an expression (`pytest -k`) under a sanitizer.
+
+    "address" finds accesses outside of memory, "thread" those that nothing orders.
+    """
+    runtime = sanitizer_runtime(sanitizer)
+    flags = {FLAGS: f"-fsanitize={sanitizer} -O1", "LD_PRELOAD": runtime}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file],
-        env=os.environ
-        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-        | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | flags | _SANITIZERS[sanitizer] | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -21,8 +21,10 @@ __global__ void chained_sum(const int* values, int* sum, int* turn) {
   if (threadIdx.x == 0) {
     while (load_relaxed(turn) != int(blockIdx.x))
       pause();
+    __threadfence();
     for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp)
       *sum += warps[warp];
+    __threadfence();
     store_relaxed(turn, int(blockIdx.x) + 1);
   }
 }
