@@ -47,7 +47,7 @@ def test_undefined_behaviour_is_told(mistakes: Path, mistake: str, message: str)
     assert message in run(mistakes, mistake, 0).stderr
 
 
-@pytest.mark.parametrize("mistake", ["early", "others", "race"])
+@pytest.mark.parametrize("mistake", ["early", "others", "race", "between barriers"])
 def test_what_depends_on_luck_shows(mistakes: Path, mistake: str) -> None:
     assert any(run(mistakes, mistake, seed).returncode != 0 for seed in SEEDS)
 
@@ -57,5 +57,5 @@ def test_what_nothing_orders_is_found_whatever_the_order(tmp_path: Path) -> None
     source = Path(__file__).with_name("lockstep") / "mistakes.cpp"
     program = build([source], tmp_path / "mistakes", "-fsanitize=thread")
     assert run(program, "none", 0).returncode == 0
-    for mistake in ("race", "others"):
+    for mistake in ("race", "others", "between barriers"):
         assert "data race" in run(program, mistake, 0).stderr

@@ -151,6 +151,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
   int live = 0, arrived = 0, generation = 0;
   int line = 0;  // of the barrier at which threads wait
+  char order[2];
 };
 
 class Machine {
@@ -214,7 +215,9 @@ class Machine {
   void barrier(int line) {
     const Unseen unseen;
     Block& block = *current_->block;
-    release(&block);
+    // Two of them in turn: who is first at the next barrier is not ordered before who leaves this.
+    char* const order = &block.order[block.generation % 2];
+    release(order);
     if (block.arrived > 0 && block.line != line)
       fail("threads of one block are at different barriers");
     block.line = line;
@@ -224,7 +227,7 @@ class Machine {
     } else {
       wait(block.generation);
     }
-    acquire(&block);
+    acquire(order);
   }
 
   // Gives `mine` to the warp and returns what all lanes gave.
@@ -233,14 +236,14 @@ class Machine {
     static_assert(sizeof(T) <= kSlot && std::is_trivially_copyable_v<T>, "too much for a lane");
     const Unseen unseen;
     Warp& warp = *current_->warp;
-    if (operation == Operation::sync)
-      release(&warp);
     if (warp.arrived == 0)
       warp.operation = operation;
     else if (warp.operation != operation)
       fail("lanes of one warp are in different operations");
     // Two sets of slots: who is first at the next operation must not overwrite what others read.
     auto& slots = warp.slots[warp.generation % 2];
+    if (operation == Operation::sync)
+      release(&slots);
     std::memcpy(slots[current_->lane], &mine, sizeof(T));
     if (++warp.arrived == kLanes) {
       warp.arrived = 0;
@@ -249,7 +252,7 @@ class Machine {
       wait(warp.generation);
     }
     if (operation == Operation::sync)
-      acquire(&warp);
+      acquire(&slots);
     std::array<T, kLanes> all;
     for (int lane = 0; lane < kLanes; ++lane)
       std::memcpy(&all[lane], slots[lane], sizeof(T));

@@ -91,6 +91,17 @@ __global__ void races(int* last) {
   *last = int(threadIdx.x);
 }
 
+// Right where the first threads run first, and nothing but the two barriers orders them.
+__global__ void reads_what_is_being_written(int* sum) {
+  int* shared = dynamic_shared<int>();
+  __syncthreads();
+  if (threadIdx.x == 0)
+    *shared = 1;
+  if (threadIdx.x == 40)
+    *sum = *shared;
+  __syncthreads();
+}
+
 __global__ void nothing() {}
 
 // Whether the sum over copied ones is what it has to be.
@@ -135,6 +146,11 @@ int check(const std::string& mistake) {
     int last = 0;
     launch(races, dim3(1), dim3(64), 0, nullptr, &last);
     return last == 63 ? 0 : 1;
+  }
+  if (mistake == "between barriers") {
+    int sum = 0;
+    launch(reads_what_is_being_written, dim3(1), dim3(64), sizeof(int), nullptr, &sum);
+    return sum == 1 ? 0 : 1;
   }
   if (mistake == "shared")
     launch(nothing, dim3(1), dim3(32), 300 << 10, nullptr);
