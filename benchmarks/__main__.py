@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -90,17 +90,18 @@ def _run(name: str, options: argparse.Namespace) -> bool:
         start = time.perf_counter()
         try:
             rows, settings = _measured(name, benchmark, options)
+            for so_far in _as_they_come(rows):
+                path = records.save(
+                    name,
+                    so_far,
+                    settings=settings,
+                    seconds=time.perf_counter() - start,
+                    quick=options.quick,
+                    peers=benchmark.PEERS,
+                )
         except (Unavailable, ModuleNotFoundError) as error:
             print(f"skipped: {error}")
             return False
-        path = records.save(
-            name,
-            rows,
-            settings=settings,
-            seconds=time.perf_counter() - start,
-            quick=options.quick,
-            peers=benchmark.PEERS,
-        )
         print(f"wrote {path}")
     record = records.load(name, quick=options.quick)
     if record is None:
@@ -114,9 +115,20 @@ def _run(name: str, options: argparse.Namespace) -> bool:
     return True
 
 
+def _as_they_come(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """A list once; of an iterator what there is after each row, for it may not come to its end."""
+    if isinstance(rows, list):
+        yield rows
+        return
+    found = []
+    for row in rows:
+        found.append(row)
+        yield found
+
+
 def _measured(
     name: str, benchmark: ModuleType, options: argparse.Namespace
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[Iterable[Row], dict[str, Any]]:
     """The rows of a benchmark, and what they were measured with."""
     if name in STATISTICS:
         draws = options.draws or (benchmark.QUICK_DRAWS if options.quick else benchmark.DRAWS)

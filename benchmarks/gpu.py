@@ -1,6 +1,6 @@
 """The GPU: selection, grid products, calibration and pruning, against torch's own and the ceilings.
 
-Every group of rows stands alone: what fails leaves a row that says why, and the others go on.
+Every group of rows stands alone: what fails, crashes or hangs leaves a row that says why.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gpu_networks
-from benchmarks.comparisons import absent, at_least, at_most, bars, compare, table
+from benchmarks.comparisons import at_least, at_most, bars, compare, table
 from benchmarks.gpu_timing import device_seconds, extra_bytes, wall_seconds
+from benchmarks.isolated import Group, isolated
 from benchmarks.records import Row, Unavailable, markdown
 from benchmarks.timing import round_digits, spread
 from confprune import build_info, prune_levels
@@ -66,8 +67,8 @@ QUICK = Sizes(
 )
 
 
-def measure(sizes: Sizes, seed: int) -> list[Row]:
-    """All rows.
+def measure(sizes: Sizes, seed: int) -> Iterator[Row]:
+    """All rows, as they come.
 
     Raises
     ------
@@ -80,14 +81,18 @@ def measure(sizes: Sizes, seed: int) -> list[Row]:
         raise Unavailable(
             "this confprune was built without CUDA kernels: CONFPRUNE_CUDA=1 says why"
         )
+    groups = {
+        name: functools.partial(_seeded, seed, group) for name, group in _groups(sizes).items()
+    }
+    yield from isolated(groups, _check)
+
+
+def _seeded(seed: int, group: Group) -> Iterator[Row]:
     torch.manual_seed(seed)
-    rows = []
-    for name, group in _groups(sizes).items():
-        rows += _guarded(name, group)
-    return rows
+    yield from group()
 
 
-def _groups(sizes: Sizes) -> dict[str, Callable[[], Iterator[Row]]]:
+def _groups(sizes: Sizes) -> dict[str, Group]:
     """What is measured, by name; what there is a target for comes first."""
     part = functools.partial
     return {
@@ -122,30 +127,11 @@ def settings() -> dict[str, Any]:
     }
 
 
-def _guarded(name: str, group: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of a group, up to one that fails, which becomes a row that says why."""
-    rows = group()
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            break
-        except Exception as error:
-            print(f"  {name} failed: {error!r}", flush=True)
-            yield absent(name, "what is left of it", f"failed: {error!r}"[:300])
-            break
-        print(_line(row), flush=True)
-        yield row
+def _check() -> None:
+    """Give memory back, and raise where an error has left the device unusable."""
     gc.collect()
+    torch.cuda.synchronize()
     torch.cuda.empty_cache()
-
-
-def _line(row: Row) -> str:
-    """A row while others are still being measured."""
-    if "ours" in row:
-        median, ratio = row["ours"]["median"], row["ratio"]
-        return f"  {row['what']}: {median:.4g} {row['unit']}, {ratio:.3g} x {row['peer']}"
-    return "  " + ", ".join(f"{key} {value}" for key, value in row.items())
 
 
 @functools.cache

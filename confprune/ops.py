@@ -5,7 +5,7 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 ``magnitude_histogram``  adds the counts of one digit of every score's key
 ``magnitude_collect``    the keys in narrow brackets around the cuts, and the number under each
 ``magnitude_select``     the thresholds of all levels at once; on CUDA, without a look at the host
-``assign_levels``        prune levels from thresholds and ties
+``assign_levels``        prune levels of many tensors from thresholds and ties
 ``cut_weights``          weights masked by a cut, and where those near it are
 ``masked_weights``       a weight as it is at each of some levels
 ``masked_linear``        ``F.linear`` with the masked weight, at many levels, masked on the way; on
@@ -123,16 +123,17 @@ def _(
 
 @torch.library.register_fake("confprune::assign_levels")  # type: ignore[untyped-decorator]
 def _(
-    scores: Tensor,
+    scores: Sequence[Tensor],
     key: torch.dtype,
     thresholds: Tensor,
     first_level: Tensor,
     ties: Tensor,
     straddled: Tensor,
     ranks: Tensor,
-) -> Tensor:
+) -> tuple[list[Tensor], Tensor]:
     dtype = torch.uint8 if ties.numel() <= 255 else torch.int16
-    return torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    levels = [torch.empty(own.shape, dtype=dtype, device=own.device) for own in scores]
+    return levels, torch.empty_like(ranks)
 
 
 @torch.library.register_fake("confprune::cut_weights")  # type: ignore[untyped-decorator]

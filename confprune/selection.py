@@ -16,7 +16,7 @@ Scores on one CUDA device are selected there from end to end, and only the cuts 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ _FIRST_DIGIT = 17  # the counters that weights meet stay in a first-level cache
 _COLLECT = 1 << 17  # keys that are always few enough to be sorted
 _MOST = 1 << 22  # keys that are collected, however many scores there are
 _DEVIATIONS = 5  # half the width of a bracket, in standard deviations of a rank among uniform keys
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # scores levelled by one call, which keep it busy
 
 MANTISSA = {torch.float32: 23, torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}
 """Bits of a key below its exponent."""
@@ -253,21 +254,47 @@ def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> di
     straddled = cuts.ties[first_level[:-1]] < cuts.equal[first_level[:-1]]
     tables = _Tables(values, first_level, cuts.ties, straddled)
     passed: Tensor | None = None  # equals that stand before
-    levels = {}
-    for name, tensor in scores.items():
-        device = tensor.device
+    levels: dict[str, Tensor] = {}
+    for run in _runs(scores, alone=ranks.size > 1):
+        tensors = list(run.values())
+        device = tensors[0].device
         if passed is None:
             passed = torch.zeros(len(values), dtype=torch.int64, device=device)
         passed, later = passed.to(device), None
         if ranks.size > 1 and straddled.any():
-            earlier, later = map(torch.from_numpy, ranks.around(_equals(tensor, cuts.key, values)))
+            [own] = tensors
+            earlier, later = map(torch.from_numpy, ranks.around(_equals(own, cuts.key, values)))
             passed += earlier.to(device)
-        levels[name] = torch.ops.confprune.assign_levels(
-            tensor, cuts.key, *tables.on(device), passed
+        found, passed = torch.ops.confprune.assign_levels(
+            tensors, cuts.key, *tables.on(device), passed
         )
+        levels.update(zip(run, found, strict=True))
         if later is not None:
             passed += later.to(device)
     return levels
+
+
+def _runs(scores: Mapping[str, Tensor], *, alone: bool) -> Iterator[dict[str, Tensor]]:
+    """The scores in order, `_AT_ONCE` of one device at a time but for larger tensors, or `alone`.
+
+    A look at a tensor may mean to make it, or to read it from a file: so few are held.
+    """
+    run: dict[str, Tensor] = {}
+    room = 0
+    for name in scores:
+        tensor = scores[name]
+        if run and (tensor.numel() > room or tensor.device != next(iter(run.values())).device):
+            yield run
+            run = {}
+        if not run:
+            room = 0 if alone else _AT_ONCE.get(tensor.device.type, 0)
+        run[name] = tensor
+        room -= tensor.numel()
+        if room <= 0:
+            yield run
+            run = {}
+    if run:
+        yield run
 
 
 class _Tables:

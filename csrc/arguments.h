@@ -59,16 +59,18 @@ inline Element check_brackets(const at::Tensor& scores, at::ScalarType key,
   return key_element;
 }
 
-inline Element check_cuts(const at::Tensor& scores, at::ScalarType key,
-                          const at::Tensor& thresholds, const at::Tensor& first_level,
-                          const at::Tensor& ties, const at::Tensor& straddled,
-                          const at::Tensor& ranks) {
-  check_key(scores.scalar_type(), key);
+inline Element check_cuts(at::TensorList scores, at::ScalarType key, const at::Tensor& thresholds,
+                          const at::Tensor& first_level, const at::Tensor& ties,
+                          const at::Tensor& straddled, const at::Tensor& ranks) {
+  for (const at::Tensor& tensor : scores)
+    check_key(tensor.scalar_type(), key);
   const int64_t cuts = thresholds.numel(), num_levels = ties.numel();
   TORCH_CHECK_VALUE(
       first_level.numel() == cuts + 1 && straddled.numel() == cuts && ranks.numel() == cuts,
       "thresholds, first_level, straddled and ranks disagree in size");
   TORCH_CHECK_VALUE(num_levels <= 32767, "at most 32767 levels are supported, got ", num_levels);
+  TORCH_CHECK_VALUE(cuts <= num_levels, "thresholds holds ", cuts, " keys for ", num_levels,
+                    " levels; they must be distinct");
   TORCH_CHECK_TYPE(straddled.scalar_type() == at::kBool && straddled.is_contiguous(),
                    "straddled must be a contiguous bool tensor");
   int64_data(thresholds, "thresholds");

@@ -117,9 +117,9 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
   return result;
 }
 
-Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
-                     const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
-                     Tensor& ranks) {
+CutTable cut_table(at::TensorList scores, at::ScalarType key, const Tensor& thresholds,
+                   const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
+                   const Tensor& ranks) {
   const int64_t cuts_size = thresholds.numel(), num_levels = ties.numel();
   Cuts cuts;
   cuts.key = check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
@@ -131,7 +131,6 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   cuts.ties.assign(tie, tie + num_levels);
   const bool* flags = straddled.const_data_ptr<bool>();
   cuts.straddled.assign(flags, flags + cuts_size);
-  int64_data(ranks, "ranks");
   const int bits = key_bits(cuts.key);
   for (int64_t cut = 0; cut < cuts_size; ++cut)
     TORCH_CHECK_VALUE(
@@ -140,14 +139,17 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   for (int64_t cut = 0; cut <= cuts_size; ++cut)
     TORCH_CHECK_VALUE(first[cut] >= (cut == 0 ? 0 : first[cut - 1]) && first[cut] <= num_levels,
                       "first_level must not decrease, in [0, ", num_levels, "], got ", first[cut]);
-  const CutTable table(std::move(cuts));
+  return CutTable(std::move(cuts));
+}
 
+// The prune levels of one tensor; `rank` of each cut is advanced.
+Tensor levels_of(const Tensor& scores, const CutTable& table, int64_t num_levels, int64_t* rank) {
+  const int64_t cuts_size = int64_t(table.cuts().values.size());
   const Source source = source_of(scores, "scores");
   Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
   const int64_t size = scores.numel();
   const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
-  int64_t* rank = ranks.data_ptr<int64_t>();
   std::copy(rank, rank + cuts_size, equal.begin());
   if (table.any_straddled()) {
     // Ties are broken by position, so each part must know how many stand before it: all threads
@@ -181,6 +183,19 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
   if (table.any_straddled())
     std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
   return levels;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> assign_levels(at::TensorList scores, at::ScalarType key,
+                                                      const Tensor& thresholds,
+                                                      const Tensor& first_level, const Tensor& ties,
+                                                      const Tensor& straddled,
+                                                      const Tensor& ranks) {
+  const CutTable table = cut_table(scores, key, thresholds, first_level, ties, straddled, ranks);
+  std::vector<Tensor> levels;
+  Tensor passed = ranks.clone();
+  for (const Tensor& tensor : scores)
+    levels.push_back(levels_of(tensor, table, ties.numel(), passed.data_ptr<int64_t>()));
+  return {levels, passed};
 }
 
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
@@ -457,8 +472,8 @@ TORCH_LIBRARY(confprune, m) {
       "magnitude_select(Tensor[] scores, ScalarType key, Tensor rank) "
       "-> (Tensor keys, Tensor below, Tensor equal, Tensor nan)");
   m.def(
-      "assign_levels(Tensor scores, ScalarType key, Tensor thresholds, Tensor first_level, "
-      "Tensor ties, Tensor straddled, Tensor(a!) ranks) -> Tensor");
+      "assign_levels(Tensor[] scores, ScalarType key, Tensor thresholds, Tensor first_level, "
+      "Tensor ties, Tensor straddled, Tensor ranks) -> (Tensor[] levels, Tensor ranks)");
   m.def("masked_weights(Tensor weight, Tensor levels, Tensor level) -> Tensor");
   m.def(
       "masked_linear(Tensor x, Tensor weight, Tensor levels, Tensor level, Tensor? bias=None, "

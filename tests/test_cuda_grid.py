@@ -285,4 +285,10 @@ def test_masked_weights(size, offset, dtype, wide):
 @pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
 def test_no_access_outside_of_memory():
     """Some of the tests above, again under AddressSanitizer."""
-    check_sanitized(__file__, "exact or larger or masked_weights or empty")
+    check_sanitized(__file__, "exact or larger or masked_weights or empty", "address")
+
+
+@pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
+def test_no_races():
+    """Some of the tests above, again under ThreadSanitizer."""
+    check_sanitized(__file__, "exact and 17-33 or larger or 4100", "thread")

@@ -218,12 +218,10 @@ def assign(
 def check_assign(scores: list[Tensor], cuts: Cuts, **options: int) -> None:
     """As on the CPU, in one call, and in one for each tensor."""
     values, *others = tables(cuts)
-    passed = torch.zeros(len(values), dtype=torch.int64)
-    expected = [
-        torch.ops.confprune.assign_levels(tensor, cuts.key, values, *others, passed)
-        for tensor in scores
-    ]
-    together, apart = torch.zeros_like(passed), torch.zeros_like(passed)
+    together, apart = (torch.zeros(len(values), dtype=torch.int64) for _ in range(2))
+    expected, passed = torch.ops.confprune.assign_levels(
+        scores, cuts.key, values, *others, together
+    )
     found = assign(scores, cuts, together, **options)
     assert all(map(torch.equal, found, expected))
     assert torch.equal(together, passed)
@@ -272,6 +270,11 @@ def test_ties_that_come_in_order():
 def test_levels_of_what_is_not_aligned(skip, offset, levels):
     scores = [torch.randn(40_000).mul(9).round()[offset:]]
     check_assign(scores, inner_cuts(scores, levels), skip=skip)
+
+
+def test_levels_of_many_tensors_some_empty_some_not_aligned():
+    scores = [torch.randint(-5, 6, (i % 9 * 3 + 1,)).float()[i % 2 :] for i in range(52)]
+    check_assign(scores, inner_cuts(scores, 20))
 
 
 def test_no_cut_leaves_all():
@@ -359,4 +362,12 @@ def keys_of(scores: Tensor) -> np.ndarray:
 @pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
 def test_no_access_outside_of_memory():
     """Some of the tests above, again under AddressSanitizer."""
-    check_sanitized(__file__, "many_tensors or 1-1-10 or 0-1-300 or dtype0-10000 or dtype3-127")
+    check_sanitized(
+        __file__, "many_tensors or 1-1-10 or 0-1-300 or dtype0-10000 or dtype3-127", "address"
+    )
+
+
+@pytest.mark.skipif(FLAGS in os.environ, reason="runs within itself")
+def test_no_races():
+    """Some of the tests above, again under ThreadSanitizer."""
+    check_sanitized(__file__, "thresholds_of_many_tensors or broken and 4-1-20-dtype2", "thread")

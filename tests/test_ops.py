@@ -632,7 +632,8 @@ def registered_calls():
     yield "magnitude_collect", (scores, torch.float32, prefixes, 16, *brackets)
     key = scores.abs().median().view(torch.int32).reshape(1).long()
     cut = (torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([True]))
-    yield "assign_levels", (scores, torch.float32, key, *cut, torch.zeros(1, dtype=torch.int64))
+    cut = (key, *cut, torch.zeros(1, dtype=torch.int64))
+    yield "assign_levels", ([scores, scores[:0], scores[3:5]], torch.float32, *cut)
     x, bias, level, weight, levels = linear_case()
     yield "prefix_rows", (weight, levels, 7, 16)
     rows = list(prefix_rows(weight, levels, 7, 16))
@@ -861,7 +862,7 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"scores": torch.zeros(3).int()}, ValueError, "cannot hold"),
+        ({"scores": [torch.zeros(3), torch.zeros(3).int()]}, ValueError, "cannot hold"),
         ({"thresholds": longs(1, 2)}, ValueError, "disagree in size"),
         ({"first_level": longs(0)}, ValueError, "disagree in size"),
         ({"first_level": longs(0, 3)}, ValueError, "first_level"),
@@ -871,12 +872,13 @@ def test_collecting_with_wrong_arguments_is_refused(changes, error, message):
         ({"thresholds": longs(1 << 31)}, ValueError, "increasing keys of 31 bits, got 2147483648"),
         ({"straddled": longs(1)}, TypeError, "straddled must be a contiguous bool"),
         ({"ties": torch.zeros(32768).long()}, ValueError, "at most 32767 levels"),
+        ({"ties": longs()}, ValueError, "thresholds holds 1 keys for 0 levels"),
         ({"ranks": torch.zeros(1)}, TypeError, "ranks must be a contiguous int64"),
     ],
 )
 def test_assigning_levels_with_wrong_arguments_is_refused(changes, error, message):
     arguments = {
-        "scores": torch.zeros(3),
+        "scores": [torch.zeros(3)],
         "key": torch.float32,
         "thresholds": longs(5),
         "first_level": longs(0, 2),

@@ -93,6 +93,25 @@ def problems(draw) -> tuple[dict[str, Tensor], list[int]]:
     return scores, counts
 
 
+@pytest.mark.parametrize("at_once", [0, 1, 1000, 1 << 20])
+def test_prune_levels_do_not_depend_on_how_many_tensors_are_levelled_at_once(at_once, monkeypatch):
+    monkeypatch.setattr(selection, "_AT_ONCE", {"cpu": at_once})
+    sizes = [400, 500, 2000, 0, 10, 990, 1, 0]
+    scores = {str(i): torch.randint(-4, 5, (size,)).float() for i, size in enumerate(sizes)}
+    check(scores, list(range(0, sum(sizes) + 1, 300)))
+    runs = [list(run) for run in selection._runs(scores, alone=False)]
+    assert (
+        runs
+        == {
+            0: [[name] for name in scores],
+            1: [["0"], ["1"], ["2"], ["3"], ["4"], ["5"], ["6"], ["7"]],
+            1000: [["0", "1"], ["2"], ["3", "4", "5"], ["6", "7"]],
+            1 << 20: [list(scores)],
+        }[at_once]
+    )
+    assert all(len(run) == 1 for run in selection._runs(scores, alone=True))
+
+
 @given(problem=problems())
 @settings(max_examples=200)
 def test_selection_is_what_sorting_gives(problem):

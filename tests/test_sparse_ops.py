@@ -133,6 +133,16 @@ class TestProducts:
         x = integers(batch, 260)
         assert exact(run_linear(x, weight), slow_linear(x, weight))
 
+    @pytest.mark.parametrize("batch", [1, 5])
+    @pytest.mark.parametrize("rows", [3, 16, 40])
+    @pytest.mark.parametrize("longest", [9, 128])
+    def test_rows_may_have_very_different_numbers_of_survivors(self, longest, rows, batch):
+        lengths = torch.linspace(0, longest, rows).round()[torch.randperm(rows)]
+        order = torch.rand(rows, 200).argsort(1)
+        weight = torch.where(order < lengths[:, None], integers(rows, 200) + 4, 0)
+        x = integers(batch, 200)
+        assert exact(run_linear(x, weight), slow_linear(x, weight))
+
     @given(
         batch=st.integers(0, 70),
         inputs=st.integers(1, 300),

@@ -218,7 +218,17 @@ class SparseLinear(SparseLayer):
         bias = self._parameters["bias"]
         if self._dense is not None:
             return F.linear(x, self._dense, bias)
-        y: Tensor = operators.linear(x, *self.packed, bias, self.out_features, self.dense_from)
+        own: Any = self._buffers  # not `packed`: what is done here shows in small layers
+        y: Tensor = operators.linear(
+            x,
+            own["values"],
+            own["columns"],
+            own["slices"],
+            own["cells"],
+            bias,
+            self.out_features,
+            self.dense_from,
+        )
         return y
 
     def extra_repr(self) -> str:

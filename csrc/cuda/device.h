@@ -47,10 +47,12 @@ inline Device device() {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, Arguments... arguments) {
-  constexpr size_t kFree = 48 << 10;  // bytes of shared memory that need no leave
+  // Bytes of shared memory that need no leave. Leave is asked for all there is, so that threads of
+  // the host that start one kernel with more and with less do not take it from each other.
+  constexpr size_t kFree = 48 << 10;
   if (shared_bytes > kFree && cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   int(shared_bytes)) != cudaSuccess)
+                                                   device().shared_bytes) != cudaSuccess)
     return;
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
 }

@@ -1,6 +1,8 @@
 // Chooses the kernel and the tiles of a masked product, and starts it.
 #include "cuda/grid_linear.h"
 
+#include <algorithm>
+
 #include "cuda/grid_tiles.h"
 #include "cuda/matrix_product.h"
 #include "cuda/scalar_product.h"
@@ -19,12 +21,13 @@ Alignment alignment_of(const GridLinear& product, int64_t bytes) {
   const int64_t x_numbers =
       product.num_levels * product.x_level_stride + product.batch * product.x_stride;
   const int64_t weights = product.outputs * product.weight_stride;
+  const int64_t levels = product.outputs * product.levels_stride;  // of a byte
   const bool operands =
       aligned(product.x, product.x_stride * bytes) &&
       aligned(product.x, product.x_level_stride * bytes) &&
       aligned(product.weight, product.weight_stride * bytes) &&
       aligned(product.levels, product.levels_stride) && product.inputs % kChunkBytes == 0 &&
-      x_numbers * bytes < kReach * kChunkBytes && weights * bytes < kReach * kChunkBytes;
+      std::max({x_numbers * bytes, weights * bytes, levels}) < kReach * kChunkBytes;
   return {operands, aligned(product.y, product.outputs * bytes)};
 }
 

@@ -73,7 +73,7 @@ __global__ void make_table(Cuts cuts, Table table) {
   if (thread <= cuts.size)
     static_cast<Cut<kKey>*>(table.cuts)[thread] = cut_of<kKey, Code>(cuts, thread);
   if (thread < cuts.size && cuts.straddled[thread])
-    *table.tie = 1;
+    store_relaxed(table.tie, 1);
   if (thread >= kCells)
     return;
   const uint64_t start = cells.start(thread, Format<kKey>::kBits);

@@ -202,7 +202,7 @@ class Worker {
       const int64_t count = equals.count[cut], before = equals_before(cut, count);
       equals.before[cut] = before;
       if (tile_ + 1 == shares_.tiles)
-        shares_.ranks[cut] = before + count;
+        store_relaxed(shares_.ranks + cut, before + count);
       if (count == 0)
         continue;
       const unsigned last = level_of(cut, before + count - 1);
@@ -217,7 +217,7 @@ class Worker {
     Count* const own = shares_.published + int64_t(tile_) * cuts_.size + cut;
     if (tile_ > 0)
       store_relaxed(own, kCounted | Count(count));
-    int64_t before = tile_ > 0 ? 0 : shares_.ranks[cut];
+    int64_t before = tile_ > 0 ? 0 : load_relaxed(shares_.ranks + cut);
     for (int tile = tile_ - 1; tile >= 0;) {
       Count seen[kAhead];
 #pragma unroll

@@ -150,23 +150,29 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
   return keys.narrow(0, 0, std::min(capacity, found.item<int64_t>())).clone();
 }
 
-Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thresholds,
-                     const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
-                     Tensor& ranks) {
-  const Call call(scores, "scores");
-  call.check(thresholds, "thresholds");
+std::tuple<std::vector<Tensor>, Tensor> assign_levels(at::TensorList scores, at::ScalarType key,
+                                                      const Tensor& thresholds,
+                                                      const Tensor& first_level, const Tensor& ties,
+                                                      const Tensor& straddled,
+                                                      const Tensor& ranks) {
+  const Call call(thresholds, "thresholds");
   call.check(first_level, "first_level");
   call.check(ties, "ties");
   call.check(straddled, "straddled");
   call.check(ranks, "ranks");
+  for (const Tensor& tensor : scores)
+    call.check(tensor, "one of the scores");
   const Element key_element =
       check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
-  const Tensor own = scores.contiguous();
-  Tensor levels = at::empty(
-      scores.sizes(),
-      scores.options().dtype(level_type(ties.numel())).memory_format(at::MemoryFormat::Contiguous));
-  if (own.numel() == 0)
-    return levels;
+  std::vector<Tensor> own, levels;
+  std::vector<cuda::Levelled> levelled;
+  for (const Tensor& tensor : scores) {
+    own.push_back(tensor.contiguous());
+    levels.push_back(at::empty(tensor.sizes(), tensor.options()
+                                                   .dtype(level_type(ties.numel()))
+                                                   .memory_format(at::MemoryFormat::Contiguous)));
+    levelled.push_back({scores_of(own.back(), "scores"), levels.back().mutable_data_ptr()});
+  }
   const cuda::Cuts cuts{key_element,
                         thresholds.numel(),
                         ties.numel(),
@@ -174,12 +180,13 @@ Tensor assign_levels(const Tensor& scores, at::ScalarType key, const Tensor& thr
                         first_level.const_data_ptr<int64_t>(),
                         ties.const_data_ptr<int64_t>(),
                         straddled.const_data_ptr<bool>()};
-  const cuda::Levelled levelled{scores_of(own, "scores"), levels.mutable_data_ptr()};
-  const Tensor memory = scratch(cuda::assign_scratch(&levelled, 1, cuts), thresholds);
-  cuda::assign(&levelled, 1, cuts, ranks.data_ptr<int64_t>(), memory.mutable_data_ptr(),
+  const int64_t count = int64_t(levelled.size());
+  Tensor passed = ranks.clone();
+  const Tensor memory = scratch(cuda::assign_scratch(levelled.data(), count, cuts), thresholds);
+  cuda::assign(levelled.data(), count, cuts, passed.data_ptr<int64_t>(), memory.mutable_data_ptr(),
                call.stream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return levels;
+  return {levels, passed};
 }
 
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
@@ -232,6 +239,8 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels
   TORCH_CHECK_VALUE(x.dim() == 3, "masked_linear takes x [1 or K, N, in], got ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.size(1) > 0,
                     "weight has shape ", weight.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(weight.size(1) <= INT32_MAX, "weight has ", weight.size(1), " inputs; at most ",
+                    INT32_MAX, " are supported");
   check_levelled(weight, levels);
   TORCH_CHECK_TYPE(levels.scalar_type() == at::kByte, "levels must be uint8, got ",
                    levels.scalar_type());

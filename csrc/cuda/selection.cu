@@ -27,7 +27,8 @@ constexpr uint16_t kNone = 0xffff;
 // Counts the highest bits of some keys, spread evenly but for a jitter: a regular step could meet
 // one column of a matrix alone.
 template <Element kKey>
-__global__ void sample_keys(Segments segments, int64_t size, Count* counts) {
+__global__ void __launch_bounds__(kThreads)
+    sample_keys(Segments segments, int64_t size, Count* counts) {
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) {
     const int64_t step = segments.size / size;
     const int64_t jitter = int64_t((uint64_t(i) * 0x9e3779b97f4a7c15u) >> 33) % step;
@@ -61,8 +62,9 @@ struct Sample {
 };
 
 // Lays the window over the keys from the smallest wanted rank to the largest.
-__global__ void lay_window(Count* sampled, int64_t size, int64_t scores, int bits,
-                           const int64_t* rank, int64_t ranks, unsigned cells, Window* window) {
+__global__ void __launch_bounds__(kThreads)
+    lay_window(Count* sampled, int64_t size, int64_t scores, int bits, const int64_t* rank,
+               int64_t ranks, unsigned cells, Window* window) {
   cumulate(sampled, int64_t(1) << kSampleBits, dynamic_shared<Count>());
   if (threadIdx.x != 0)
     return;
@@ -106,8 +108,9 @@ inline __device__ int width_of(uint64_t size) {
 
 // Gives every rank the cell that it lies in as its bracket.
 template <Element kKey, class Cells>
-__global__ void narrow_to_cells(Count* counts, const Window* window, const int64_t* rank,
-                                int64_t ranks, Selection found, int* width) {
+__global__ void __launch_bounds__(kThreads)
+    narrow_to_cells(Count* counts, const Window* window, const int64_t* rank, int64_t ranks,
+                    Selection found, int* width) {
   constexpr int kBits = Format<kKey>::kBits;
   const Cells cells = load_cells<Cells>(window);
   cumulate(counts, cells.cells, dynamic_shared<Count>());
@@ -147,8 +150,9 @@ struct Groups {
 };
 
 // One block finds the groups, and digits for which there are counters.
-__global__ void group_ranks(const Window* window, int64_t ranks, const int64_t* keys,
-                            const int* width, int64_t counters, Groups groups) {
+__global__ void __launch_bounds__(kThreads)
+    group_ranks(const Window* window, int64_t ranks, const int64_t* keys, const int* width,
+                int64_t counters, Groups groups) {
   int* const shared = dynamic_shared<int>();
   int* const widest = shared + kWarp;
   for (unsigned cell = threadIdx.x; cell < window->cells; cell += blockDim.x)
@@ -185,7 +189,7 @@ __global__ void group_ranks(const Window* window, int64_t ranks, const int64_t* 
     *groups.size = {size, digit};
 }
 
-__global__ void clear_counters(Groups groups) {
+__global__ void __launch_bounds__(kThreads) clear_counters(Groups groups) {
   const int64_t size = int64_t(groups.size->groups) << groups.size->digit;
   for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x)
     groups.counters[i] = 0;
@@ -226,8 +230,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Narrows the brackets to what a digit tells, a group at a time.
-__global__ void narrow_to_digits(Groups groups, const int64_t* rank, int64_t ranks, Selection found,
-                                 int* width) {
+__global__ void __launch_bounds__(kNarrowing)
+    narrow_to_digits(Groups groups, const int64_t* rank, int64_t ranks, Selection found,
+                     int* width) {
   const int64_t digits = int64_t(1) << groups.size->digit;
   for (int g = int(blockIdx.x); g < groups.size->groups; g += int(gridDim.x)) {
     Count* const counts = groups.counters + g * digits;

@@ -138,6 +138,22 @@ void multiply_cell(const SparseMatrix& weight, int64_t cell, const T* x, T* y, i
 }
 
 // A single x: sums[place] = Σ survivors · x[column], sixteen rows in the lanes.
+
+// sums[places[r]] = of_slice[r].
+template <class T>
+inline void place_sums(const typename Lookup<T>::Sums& of_slice, const uint8_t* places,
+                       int64_t rows, T* sums) {
+  if (rows == kSliceRows) {
+    uint64_t all[kSliceRows / 8];  // two loads for sixteen
+    std::memcpy(all, places, sizeof(all));
+    unrolled(std::make_integer_sequence<int, kSliceRows>{},
+             [&](auto r) { sums[uint8_t(all[r / 8] >> r % 8 * 8)] = of_slice[int(r)]; });
+  } else {
+    for (int r = 0; r < rows; ++r)
+      sums[places[r]] = of_slice[r];
+  }
+}
+
 template <class T, class Stored>
 void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, T* sums) {
   const int64_t* bounds = weight.cells + 2 * cell;
@@ -146,23 +162,23 @@ void multiply_cell_single(const SparseMatrix& weight, int64_t cell, const T* x, 
   const uint8_t* next = weight.slices + bounds[1];
   const uint8_t* end = weight.slices + bounds[3];
   const Lookup<T> lookup(x);
+  // A slice's sums are put in place while the next one's are on their way.
+  typename Lookup<T>::Sums of_slice{};
+  const uint8_t* places = nullptr;
+  int64_t rows = 0;
   while (next < end) {
     const Slice slice = read_slice(next);
     next = slice.next_slice;
-    alignas(64) T of_slice[kSliceRows];
-    const int64_t survivors = lookup.sums(slice, values, columns, of_slice);
+    typename Lookup<T>::Sums of_next;
+    const int64_t survivors = lookup.sums(slice, values, columns, &of_next);
     values += survivors;
     columns += survivors;
-    if (slice.rows == kSliceRows) {
-      uint64_t places[kSliceRows / 8];  // two loads for sixteen
-      std::memcpy(places, slice.places, sizeof(places));
-      unrolled(std::make_integer_sequence<int, kSliceRows>{},
-               [&](auto r) { sums[uint8_t(places[r / 8] >> r % 8 * 8)] = of_slice[r]; });
-    } else {
-      for (int64_t r = 0; r < slice.rows; ++r)
-        sums[slice.places[r]] = of_slice[r];
-    }
+    place_sums(of_slice, places, rows, sums);
+    of_slice = of_next;
+    places = slice.places;
+    rows = slice.rows;
   }
+  place_sums(of_slice, places, rows, sums);
 }
 
 // Packing: [lane][element] to [element][lane] and back.
@@ -504,6 +520,34 @@ void run_window(const Task<T>& task) {
   }
 }
 
+template <class T>
+inline void clear(T (&rows)[kMostChunkRows]) {
+  using L = Tile<T, CONFPRUNE_VECTOR_BYTES>;
+  for (int64_t r = 0; r < kMostChunkRows; r += L::kLanes)
+    L::at(rows + r, 0) = typename L::Vector{};
+}
+
+// output[row] += Σ of a chunk's rows. They come in another order in each block: their sums are put
+// in order, and then added up.
+template <class T, class Stored>
+void add_chunk_single(const Task<T>& task, int64_t chunk, T (&output)[kMostChunkRows]) {
+  using L = Tile<T, CONFPRUNE_VECTOR_BYTES>;
+  constexpr int64_t kTogether = 8;
+  alignas(64) T sums[kTogether][kMostChunkRows];
+  for (int64_t first = 0; first < task.chunks.blocks; first += kTogether) {
+    const int64_t blocks = std::min(kTogether, task.chunks.blocks - first);
+    for (int64_t b = 0; b < blocks; ++b) {
+      clear(sums[b]);
+      multiply_cell_single<T, Stored>(task.product.weight, chunk * task.chunks.blocks + first + b,
+                                      task.input + (first + b) * kSparseBlock, sums[b]);
+    }
+    // In vectors by hand: with -fwrapv, which Python asks of its extensions, GCC takes row by row.
+    for (int64_t r = 0; r < task.chunks.rows(chunk); r += L::kLanes)
+      for (int64_t b = 0; b < blocks; ++b)
+        L::at(output + r, 0) += L::at(sums[b] + r, 0);
+  }
+}
+
 template <class T, class Stored, class InOut>
 void run_single(const Task<T>& task) {
   const Batch &x = task.product.x, &y = task.product.y;
@@ -516,25 +560,13 @@ void run_single(const Task<T>& task) {
   const T* bias = static_cast<const T*>(task.product.bias);
   for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
     const int64_t rows = task.chunks.rows(chunk), row = task.chunks.begin(chunk);
-    if (bias == nullptr)
-      std::fill_n(task.output, rows, T(0));
-    else
-      std::copy_n(bias + row, rows, task.output);
-    // Rows come in another order in each block: their sums are put in order, and then added up.
-    constexpr int64_t kTogether = 8;
-    alignas(64) T sums[kTogether][kMostChunkRows];
-    for (int64_t first = 0; first < task.chunks.blocks; first += kTogether) {
-      const int64_t blocks = std::min(kTogether, task.chunks.blocks - first);
-      std::fill_n(sums[0], blocks * kMostChunkRows, T(0));
-      for (int64_t b = 0; b < blocks; ++b)
-        multiply_cell_single<T, Stored>(task.product.weight, chunk * task.chunks.blocks + first + b,
-                                        task.input + (first + b) * kSparseBlock, sums[b]);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t b = 0; b < blocks; ++b)
-          task.output[r] += sums[b][r];
-    }
+    alignas(64) T output[kMostChunkRows];
+    clear(output);
+    if (bias != nullptr)
+      std::copy_n(bias + row, rows, output);
+    add_chunk_single<T, Stored>(task, chunk, output);
     narrow_line(
-        task.output, rows,
+        output, rows,
         static_cast<InOut*>(y.data) + task.example * y.batch_stride + row * y.channel_stride,
         y.channel_stride);
   }

@@ -47,6 +47,8 @@ struct Lookup<float> {
       x[i] = _mm512_loadu_ps(from + 16 * i);
   }
 
+  using Sums = __m512;
+
   static void arrange(float*) {}
 
   __m512 find(__m128i index) const {
@@ -61,8 +63,7 @@ struct Lookup<float> {
   }
 
   template <class Stored>
-  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns,
-               float* sums) const {
+  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns, Sums* sums) const {
     __m512 sum = _mm512_setzero_ps();
     int64_t at = 0;
     for (int64_t step = 0; step < slice.full; ++step, at += kSliceRows) {
@@ -76,7 +77,7 @@ struct Lookup<float> {
       sum = _mm512_mask3_fmadd_ps(load_sixteen(values + at, mask), found, sum, mask);
       at += rows;
     }
-    _mm512_store_ps(sums, sum);
+    *sums = sum;
     return at;
   }
 };

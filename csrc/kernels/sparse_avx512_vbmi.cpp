@@ -1,4 +1,4 @@
-// 64-byte vectors, for machines with AVX-512 that permute bytes (VBMI).
+// 64-byte vectors, for machines with AVX-512 that permute bytes (VBMI) and have BMI2.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -21,13 +21,14 @@
 #include "kernels/sparse_sets.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                                \
-    __attribute__((target(                                                                   \
-        "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,prefer-vector-width=512"))), \
+#pragma clang attribute push(                                                                     \
+    __attribute__((target(                                                                        \
+        "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,bmi2,prefer-vector-width=512"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,bmi2,prefer-vector-width=512")
 #endif
 
 #define CONFPRUNE_VECTOR_BYTES 64
@@ -47,6 +48,8 @@ struct Lookup<float> {
       for (int half = 0; half < 2; ++half)
         planes[b][half] = _mm512_loadu_si512(from + 32 * b + 16 * half);
   }
+
+  using Sums = __m512;
 
   // Cuts the 128 elements at x into planes, in place.
   static void arrange(float* x) {
@@ -88,9 +91,21 @@ struct Lookup<float> {
     found[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high01, high23));
   }
 
+  // The rows of the first `count` of some steps, at most eight, a byte each; `end` is their
+  // slice's.
+  static uint64_t rows_of(const uint8_t* steps, int64_t count, const uint8_t* end) {
+    uint64_t rows = 0;
+    if (end - steps >= int64_t(sizeof(rows))) {
+      std::memcpy(&rows, steps, sizeof(rows));
+      return _bzhi_u64(rows, 8 * count);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      rows |= uint64_t(steps[i]) << 8 * i;
+    return rows;
+  }
+
   template <class Stored>
-  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns,
-               float* sums) const {
+  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns, Sums* sums) const {
     __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     __m512 found[4];
     int64_t at = 0, step = 0;
@@ -101,29 +116,38 @@ struct Lookup<float> {
       even = _mm512_fmadd_ps(load_sixteen(values + at + 32, 0xffff), found[2], even);
       odd = _mm512_fmadd_ps(load_sixteen(values + at + 48, 0xffff), found[3], odd);
     }
-    const int64_t steps = slice.full + slice.partial;
-    for (; step < steps; step += 4) {
-      const Stored* from[4];
-      __mmask16 masks[4];
-      __m128i index[4];
+    // The other steps are four at a time as well. `rows` has a byte for each of them: the whole
+    // ones, at most three, and up to five others.
+    int64_t whole = slice.full - step, left = slice.partial;
+    const uint8_t* next = slice.step_rows;
+    do {
+      const int64_t some = std::min<int64_t>(5, left);
+      uint64_t rows =
+          rows_of(next, some, slice.next_slice) << 8 * whole | _bzhi_u64(0x101010, 8 * whole);
+      for (; rows != 0; rows >>= 32) {
+        const Stored* from[4];
+        __mmask16 masks[4];
+        __m128i index[4];
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) {
-        const int64_t i = step + s;
-        const int64_t rows = i < slice.full ? kSliceRows
-                             : i < steps    ? slice.step_rows[i - slice.full]
-                                            : 0;
-        from[s] = values + at;
-        masks[s] = __mmask16((1u << rows) - 1);
-        index[s] = _mm_maskz_loadu_epi8(masks[s], columns + at);
-        at += rows;
+        for (int s = 0; s < 4; ++s) {
+          const uint32_t here = rows >> 8 * s & 0xff;
+          masks[s] = __mmask16(_bzhi_u32(0xffff, here));
+          index[s] = _mm_maskz_loadu_epi8(masks[s], columns + at);
+          from[s] = values + at;
+          at += here;
+        }
+        const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(index[0]), index[1], 1);
+        find(_mm512_inserti32x4(_mm512_inserti32x4(low, index[2], 2), index[3], 3), found);
+        even = _mm512_mask3_fmadd_ps(load_sixteen(from[0], masks[0]), found[0], even, masks[0]);
+        odd = _mm512_mask3_fmadd_ps(load_sixteen(from[1], masks[1]), found[1], odd, masks[1]);
+        even = _mm512_mask3_fmadd_ps(load_sixteen(from[2], masks[2]), found[2], even, masks[2]);
+        odd = _mm512_mask3_fmadd_ps(load_sixteen(from[3], masks[3]), found[3], odd, masks[3]);
       }
-      const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(index[0]), index[1], 1);
-      find(_mm512_inserti32x4(_mm512_inserti32x4(low, index[2], 2), index[3], 3), found);
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s)
-        even = _mm512_mask3_fmadd_ps(load_sixteen(from[s], masks[s]), found[s], even, masks[s]);
-    }
-    _mm512_store_ps(sums, _mm512_add_ps(even, odd));
+      next += some;
+      left -= some;
+      whole = 0;
+    } while (left > 0);
+    *sums = _mm512_add_ps(even, odd);
     return at;
   }
 };

@@ -27,18 +27,22 @@ struct Lookup {
   // Prepares a block of x, in place, for the constructor.
   static void arrange(T*) {}
 
+  struct Sums {
+    T rows[kSliceRows];
+    T operator[](int row) const { return rows[row]; }
+  };
+
   // sums[r] = Σ survivors of row r · x; returns the number of survivors.
   template <class Stored>
-  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns, T* sums) const {
-    for (int64_t r = 0; r < kSliceRows; ++r)
-      sums[r] = T(0);
+  int64_t sums(const Slice& slice, const Stored* values, const uint8_t* columns, Sums* sums) const {
+    *sums = {};
     int64_t at = 0;
     for (int64_t step = 0; step < slice.full; ++step, at += kSliceRows)
       for (int64_t r = 0; r < kSliceRows; ++r)
-        sums[r] += T(widen(values[at + r])) * x[columns[at + r]];
+        sums->rows[r] += T(widen(values[at + r])) * x[columns[at + r]];
     for (int64_t step = 0; step < slice.partial; ++step)
       for (int64_t r = 0; r < slice.step_rows[step]; ++r, ++at)
-        sums[r] += T(widen(values[at])) * x[columns[at]];
+        sums->rows[r] += T(widen(values[at])) * x[columns[at]];
     return at;
   }
 };

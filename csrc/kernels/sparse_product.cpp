@@ -25,7 +25,8 @@ const SparseSet& chosen() {
     const char* name = instruction_set().name;
     // Asked for by its name, AVX-512 is what all machines that have it share.
     if (std::strcmp(name, "avx512") == 0)
-      return std::getenv("CONFPRUNE_ISA") == nullptr && __builtin_cpu_supports("avx512vbmi")
+      return std::getenv("CONFPRUNE_ISA") == nullptr && __builtin_cpu_supports("avx512vbmi") &&
+                     __builtin_cpu_supports("bmi2")
                  ? sparse_avx512_vbmi()
                  : sparse_avx512();
     if (std::strcmp(name, "avx2") == 0)

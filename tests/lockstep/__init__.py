@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -21,34 +22,37 @@ FLAGS = "CONFPRUNE_LOCKSTEP_FLAGS"
 _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
-def build(folder: Path, *flags: str) -> ctypes.CDLL:
-    """Compile all kernels, with what the tests call, to one library."""
+def build(sources: Iterable[Path], target: Path, *flags: str) -> Path:
+    """Compile sources for the stand-in, to a program, or to a library if that is what flags say."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{_CSRC}", f"-I{_HERE}"]
     objects = []
     steps = []
-    for source in sorted([*_CSRC.glob("cuda/*.cu"), *_HERE.glob("exports*.cpp")]):
-        objects.append(str(folder / f"{source.stem}.o"))
+    for source in sources:
+        objects.append(str(target.with_name(f"{source.stem}.o")))
         command = [*compiler, *_FLAGS, *flags, *includes, "-x", "c++", "-c", str(source)]
         steps.append(subprocess.Popen([*command, "-o", objects[-1]], stderr=subprocess.PIPE))
     for step in steps:
         assert step.wait() == 0, step.communicate()[1].decode()
-    library = folder / "lockstep.so"
-    subprocess.run([*compiler, *flags, "-shared", *objects, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run([*compiler, *flags, *objects, "-o", str(target)], check=True)
+    return target
 
 
 @cache
 def library(*flags: str) -> ctypes.CDLL:
-    """Load what `build` makes; it is kept under build/ for as long as no source changes."""
+    """Load all kernels, with what the tests call.
+
+    The library is kept under build/ for as long as no source changes.
+    """
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted([*_CSRC.rglob("*.h"), *_CSRC.glob("cuda/*.cu"), *_HERE.glob("*.*")]):
         digest.update(path.read_bytes())
-    folder = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16]
-    if (folder / "lockstep.so").is_file():
-        return ctypes.CDLL(str(folder / "lockstep.so"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return build(folder, *flags)
+    target = _HERE.parent.parent / "build" / "lockstep" / digest.hexdigest()[:16] / "lockstep.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sources = sorted([*_CSRC.glob("cuda/*.cu"), *_HERE.glob("exports*.cpp")])
+        build(sources, target, "-shared", *flags)
+    return ctypes.CDLL(str(target))
 
 
 def kernels(
@@ -63,19 +67,34 @@ def kernels(
     return found
 
 
-def check_sanitized(file: str, tests: str) -> None:
-    """Run the tests of a file that match an expression (`pytest -k`) under AddressSanitizer."""
+_SANITIZERS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0"},
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1"},
+}
+
+
+def sanitizer_runtime(sanitizer: str) -> str:
+    """The library of a sanitizer; skips the test where the compiler has none."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    runtime = subprocess.run(
-        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    name = f"lib{sanitizer[0]}san.so"
+    path = subprocess.run(
+        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no AddressSanitizer")
+    if not os.path.isabs(path):
+        pytest.skip(f"the compiler has no {name}")
+    return path
+
+
+def check_sanitized(file: str, tests: str, sanitizer: str) -> None:
+    """Run the tests of a file that match an expression (`pytest -k`) under a sanitizer.
+
+    "address" finds accesses outside of memory, "thread" those that nothing orders.
+    """
+    runtime = sanitizer_runtime(sanitizer)
+    flags = {FLAGS: f"-fsanitize={sanitizer} -O1", "LD_PRELOAD": runtime}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file],
-        env=os.environ
-        | {FLAGS: "-fsanitize=address -O1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-        | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | flags | _SANITIZERS[sanitizer] | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,8 +4,8 @@
 // its warp, or for another block. A few blocks are resident at once and take turns. The order of
 // the turns is drawn from a seed, so that what depends on it shows. What a device would leave
 // undefined stops the program with a message: operations of half a warp, lanes in different
-// operations, threads that leave others at a barrier, shared memory over the limit, waiting for
-// ever. Asynchronous copies arrive at the wait and not before.
+// operations, threads at different barriers or that leave others at one, grids and shared memory
+// over the limits, waiting for ever. Asynchronous copies arrive at the wait and not before.
 #pragma once
 
 #include <setjmp.h>
@@ -25,6 +25,14 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#elif defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 #define __global__
@@ -72,6 +80,35 @@ inline Settings& settings() {
   std::abort();
 }
 
+// ThreadSanitizer sees each fiber as a thread of its own, and is told what orders them on a device:
+// barriers, __syncwarp and __threadfence, and the start and the end of a kernel. So it finds what
+// races, whatever the order of the turns, in shared memory and between blocks.
+#if defined(__SANITIZE_THREAD__)
+inline void release(void* at) {
+  __tsan_release(at);
+}
+inline void acquire(void* at) {
+  __tsan_acquire(at);
+}
+// While one lives, what the stand-in itself reads and writes is not looked at.
+struct Unseen {
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+#else
+inline void release(void*) {}
+inline void acquire(void*) {}
+struct Unseen {
+  Unseen() {}
+};
+#endif
+
 enum class Operation { shuffle, vote, sync, load_matrix, multiply };
 
 constexpr int kLanes = 32;
@@ -104,6 +141,7 @@ struct Fiber {
   bool started = false, done = false, paused = false;
   std::vector<std::vector<Copy>> copies;  // groups of them, the last one open
   void* fake_stack = nullptr;             // AddressSanitizer's
+  void* thread_state = nullptr;           // ThreadSanitizer's
 };
 
 struct Block {
@@ -112,6 +150,8 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> shared;
   int live = 0, arrived = 0, generation = 0;
+  int line = 0;  // of the barrier at which threads wait
+  char order[2];
 };
 
 class Machine {
@@ -129,6 +169,10 @@ class Machine {
       fail("more shared memory than a block may have");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0)
       fail("an empty grid");
+    if (grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu)
+      fail("a larger grid than a device takes");
+    release(&begun_);
+    const Unseen unseen;
     kernel_ = std::move(kernel);
     gridDim = grid;
     blockDim = block;
@@ -151,6 +195,7 @@ class Machine {
                      resident.end());
     }
     kernel_ = nullptr;
+    acquire(&done_);
   }
 
   Fiber& current() { return *current_; }
@@ -162,24 +207,34 @@ class Machine {
   }
 
   void pause() {
+    const Unseen unseen;
     current_->paused = true;
     leave(false);
   }
 
-  void barrier() {
+  void barrier(int line) {
+    const Unseen unseen;
     Block& block = *current_->block;
+    // Two of them in turn: who is first at the next barrier is not ordered before who leaves this.
+    char* const order = &block.order[block.generation % 2];
+    release(order);
+    if (block.arrived > 0 && block.line != line)
+      fail("threads of one block are at different barriers");
+    block.line = line;
     if (++block.arrived == int(block.fibers.size())) {
       block.arrived = 0;
       ++block.generation;
     } else {
       wait(block.generation);
     }
+    acquire(order);
   }
 
   // Gives `mine` to the warp and returns what all lanes gave.
   template <class T>
   std::array<T, kLanes> exchange(Operation operation, const T& mine) {
     static_assert(sizeof(T) <= kSlot && std::is_trivially_copyable_v<T>, "too much for a lane");
+    const Unseen unseen;
     Warp& warp = *current_->warp;
     if (warp.arrived == 0)
       warp.operation = operation;
@@ -187,6 +242,8 @@ class Machine {
       fail("lanes of one warp are in different operations");
     // Two sets of slots: who is first at the next operation must not overwrite what others read.
     auto& slots = warp.slots[warp.generation % 2];
+    if (operation == Operation::sync)
+      release(&slots);
     std::memcpy(slots[current_->lane], &mine, sizeof(T));
     if (++warp.arrived == kLanes) {
       warp.arrived = 0;
@@ -194,6 +251,8 @@ class Machine {
     } else {
       wait(warp.generation);
     }
+    if (operation == Operation::sync)
+      acquire(&slots);
     std::array<T, kLanes> all;
     for (int lane = 0; lane < kLanes; ++lane)
       std::memcpy(&all[lane], slots[lane], sizeof(T));
@@ -225,6 +284,9 @@ class Machine {
     if (free_.empty()) {
       all_.push_back(std::make_unique<Fiber>());
       all_.back()->stack.reset(new char[kStack]);
+#if defined(__SANITIZE_THREAD__)
+      all_.back()->thread_state = __tsan_create_fiber(0);
+#endif
       free_.push_back(all_.back().get());
     }
     Fiber* fiber = free_.back();
@@ -281,6 +343,10 @@ class Machine {
     __sanitizer_start_switch_fiber(&fake, fiber->stack.get(), kStack);
     swapcontext(&home_, &fiber->context);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#elif defined(__SANITIZE_THREAD__)
+    home_state_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(fiber->thread_state, __tsan_switch_to_fiber_no_sync);
+    swapcontext(&home_, &fiber->context);
 #else
     // A context is only for the start: it saves the mask of signals too, which takes a system call.
     if (_setjmp(home_jump_) != 0)
@@ -292,13 +358,17 @@ class Machine {
 #endif
   }
 
-  void leave(bool for_good) {
+  __attribute__((no_sanitize("thread"))) void leave(bool for_good) {
     Fiber* fiber = current_;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber->fake_stack, home_stack_,
                                    home_size_);
     swapcontext(&fiber->context, &home_);
     __sanitizer_finish_switch_fiber(fiber->fake_stack, &home_stack_, &home_size_);
+#elif defined(__SANITIZE_THREAD__)
+    (void)for_good;
+    __tsan_switch_to_fiber(home_state_, __tsan_switch_to_fiber_no_sync);
+    swapcontext(&fiber->context, &home_);
 #else
     if (for_good)
       _longjmp(home_jump_, 1);
@@ -307,14 +377,21 @@ class Machine {
 #endif
   }
 
-  static void enter() {
+  void end() {
+    const Unseen unseen;
+    current_->done = true;
+    --current_->block->live;
+  }
+
+  __attribute__((no_sanitize("thread"))) static void enter() {
     Machine& machine = instance();
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &machine.home_stack_, &machine.home_size_);
 #endif
+    acquire(&machine.begun_);
     machine.kernel_();
-    machine.current_->done = true;
-    --machine.current_->block->live;
+    release(&machine.done_);
+    machine.end();
     machine.leave(true);
   }
 
@@ -326,6 +403,8 @@ class Machine {
   jmp_buf home_jump_;
   const void* home_stack_ = nullptr;
   size_t home_size_ = 0;
+  void* home_state_ = nullptr;
+  char begun_ = 0, done_ = 0;  // what ThreadSanitizer knows launches by
 };
 
 template <class T>
@@ -334,6 +413,7 @@ std::array<T, kLanes> exchange(Operation operation, const T& mine) {
 }
 
 inline int lane() {
+  const Unseen unseen;
   return Machine::instance().current().lane;
 }
 
@@ -350,16 +430,17 @@ inline void clear(void* memory, size_t bytes, cudaStream_t) {
 
 template <class T>
 T* dynamic_shared() {
+  const Unseen unseen;
   return reinterpret_cast<T*>(Machine::instance().current().block->shared.get());
 }
 
 template <class T>
 T load_relaxed(const T* address) {
-  return *address;
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
 }
 template <class T>
 void store_relaxed(T* address, T value) {
-  *address = value;
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
 }
 
 inline void pause() {
@@ -373,12 +454,14 @@ inline void copy_async_or_zero(void* shared, const void* global, bool copy) {
   if (copy)
     std::memcpy(bytes.from, global, 16);
   std::memset(shared, 0xcd, 16);  // nothing is there before the wait
+  const Unseen unseen;
   Machine::instance().current().copies.back().push_back(bytes);
 }
 inline void copy_async(void* shared, const void* global) {
   copy_async_or_zero(shared, global, true);
 }
 inline void copy_async_commit() {
+  const Unseen unseen;
   Machine::instance().current().copies.emplace_back();
 }
 template <int kPending>
@@ -387,6 +470,7 @@ void copy_async_wait() {
   while (groups.size() > size_t(kPending) + 1) {
     for (const Copy& copy : groups.front())
       std::memcpy(copy.to, copy.from, 16);
+    const Unseen unseen;
     groups.erase(groups.begin());
   }
 }
@@ -400,13 +484,17 @@ inline void whole_warp(unsigned mask) {
 
 // The intrinsics, by their own names.
 
-inline void __syncthreads() {
-  lockstep::Machine::instance().barrier();
+inline void __syncthreads(int line = __builtin_LINE()) {
+  lockstep::Machine::instance().barrier(line);
 }
 inline void __syncwarp() {
   lockstep::exchange(lockstep::Operation::sync, 0);
 }
-inline void __threadfence() {}
+inline void __threadfence() {
+  static char fence;
+  lockstep::acquire(&fence);
+  lockstep::release(&fence);
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
@@ -477,24 +565,30 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// One thread of the CPU runs all: a plain step is atomic.
+// One thread of the CPU runs all: what it reads, changes and writes in one step is atomic.
+template <class T, class Change>
+T atomic_step(T* address, Change change) {
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  __atomic_store_n(address, T(change(old)), __ATOMIC_RELAXED);
+  return old;
+}
 template <class T>
 T atomicAdd(T* address, T value) {
-  return std::exchange(*address, T(*address + value));
+  return atomic_step(address, [&](T old) { return old + value; });
 }
 template <class T>
 T atomicMax(T* address, T value) {
-  return std::exchange(*address, std::max(*address, value));
+  return atomic_step(address, [&](T old) { return std::max(old, value); });
 }
 template <class T>
 T atomicMin(T* address, T value) {
-  return std::exchange(*address, std::min(*address, value));
+  return atomic_step(address, [&](T old) { return std::min(old, value); });
 }
 template <class T>
 T atomicOr(T* address, T value) {
-  return std::exchange(*address, T(*address | value));
+  return atomic_step(address, [&](T old) { return old | value; });
 }
 template <class T>
 T atomicExch(T* address, T value) {
-  return std::exchange(*address, value);
+  return atomic_step(address, [&](T) { return value; });
 }
