@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "element_of.h"
+#include "arguments.h"
 #include "kernels/selection.h"
 #include "kernels/weight_cut.h"
 
@@ -28,8 +28,7 @@ Tensor cut_weights_op(const Tensor& weights, int64_t surely_pruned, int64_t prun
       -1 <= surely_pruned && surely_pruned <= pruned && pruned <= unsure && unsure <= largest,
       "surely_pruned, pruned and unsure must be keys in increasing order, or -1, got ",
       surely_pruned, ", ", pruned, " and ", unsure);
-  TORCH_CHECK_TYPE(counts.scalar_type() == at::kLong && counts.is_contiguous(),
-                   "counts must be a contiguous int64 tensor");
+  int64_data(counts, "counts");
   TORCH_CHECK_VALUE(counts.numel() == 2, "counts holds ", counts.numel(), " cells, not 2");
   std::vector<int32_t> places;
   const CutCounts found = cut_weights(weights.const_data_ptr(), element, weights.numel(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from elements import DTYPES, INTEGERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,13 +13,6 @@ from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 
 cut_weights = torch.ops.confprune.cut_weights
 
-INTEGERS = {
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-DTYPES = list(INTEGERS)
 SPECIAL = [0.0, -0.0, 1e-45, -7e-6, 0.5, -0.5, 3e38, -3e38, torch.inf, -torch.inf, torch.nan]
 
 

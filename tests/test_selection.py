@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from elements import DTYPES, INTEGERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import threads
@@ -14,14 +15,6 @@ from torch.nn.utils import prune
 from confprune import prune_levels, selection
 from confprune.levels import levels_of
 from confprune.selection import Cuts, assign, key_type, select
-
-INTEGERS = {
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-DTYPES = list(INTEGERS)
 
 
 def magnitudes(scores: dict[str, Tensor]) -> np.ndarray:

@@ -1,0 +1,218 @@
+// torch.ops.confprune: thresholds and prune levels; schemas, argument checks, and dispatch to the
+// kernels.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "arguments.h"
+#include "kernels/selection.h"
+
+namespace confprune {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
+constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
+
+Source source_of(const Tensor& tensor, const char* argument) {
+  TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),
+                    " dimensions; at most ", Source::kMaxDims, " are supported");
+  Source source{};
+  source.data = tensor.const_data_ptr();
+  source.element = element_of(tensor.scalar_type(), argument);
+  source.dims = int(tensor.dim());
+  source.contiguous = tensor.is_contiguous();
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    source.sizes[d] = tensor.size(d);
+    source.strides[d] = tensor.stride(d);
+  }
+  return source;
+}
+
+// Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
+// thread.
+template <class Body>
+int64_t parts(int64_t size, Body body) {
+  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
+  const int64_t step = (size + threads - 1) / std::max<int64_t>(1, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      body(part, std::min(size, part * step), std::min(size, (part + 1) * step));
+  });
+  return threads;
+}
+
+std::vector<uint64_t> prefixes_of(const Tensor& prefixes, int bits) {
+  const int64_t* data = int64_data(prefixes, "prefixes");
+  for (int64_t i = 0; i < prefixes.numel(); ++i)
+    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] >> bits == 0 && (i == 0 || data[i] > data[i - 1]),
+                      "prefixes must be increasing numbers of ", bits, " bits, got ", data[i]);
+  return {data, data + prefixes.numel()};
+}
+
+void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift, int64_t digit_bits, Tensor& counts) {
+  const Element key_element = check_digit(scores, key, prefixes, shift, digit_bits, counts);
+  const int prefix_bits = key_bits(key_element) - int(shift) - int(digit_bits);
+  const int64_t cells = counts.numel();
+  const Digit digit{key_element, int(shift), int(digit_bits), prefixes_of(prefixes, prefix_bits)};
+  const Source source = source_of(scores, "scores");
+  int64_t* total = counts.data_ptr<int64_t>();
+  if (scores.numel() < kSerial)
+    return histogram(source, 0, scores.numel(), digit, total);
+
+  std::mutex adding;
+  parts(scores.numel(), [&](int64_t, int64_t begin, int64_t end) {
+    std::unique_ptr<uint32_t[]> own(new uint32_t[cells]);
+    for (int64_t at = begin; at < end; at += kFlush) {
+      std::fill(own.get(), own.get() + cells, 0u);
+      histogram(source, at, std::min(end, at + kFlush), digit, own.get());
+      const std::lock_guard<std::mutex> lock(adding);
+      for (int64_t cell = 0; cell < cells; ++cell)
+        total[cell] += own[cell];
+    }
+  });
+}
+
+Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
+                         int64_t shift, const Tensor& low, const Tensor& high, int64_t limit,
+                         Tensor& below) {
+  const Element key_element = check_brackets(scores, key, prefixes, shift, low, high, below);
+  const int bits = key_bits(key_element);
+  std::vector<uint64_t> wanted = prefixes_of(prefixes, bits - int(shift));
+  const int64_t size = prefixes.numel();
+  const Brackets brackets{
+      key_element, int(shift), std::move(wanted), int64_data(low, "low"), int64_data(high, "high"),
+      limit};
+  const Source source = source_of(scores, "scores");
+  int64_data(below, "below");
+  std::vector<std::vector<int64_t>> found(size_t(at::get_num_threads()) + 1);
+  std::mutex adding;
+  const int64_t used = parts(scores.numel(), [&](int64_t part, int64_t begin, int64_t end) {
+    std::vector<int64_t> own(size, 0);
+    collect(source, begin, end, brackets, own.data(), &found[part]);
+    const std::lock_guard<std::mutex> lock(adding);
+    for (int64_t i = 0; i < size; ++i)
+      below.data_ptr<int64_t>()[i] += own[i];
+  });
+  int64_t total = 0;
+  for (const auto& keys : found)
+    total += int64_t(keys.size());
+  Tensor result = at::empty({total}, prefixes.options());
+  int64_t* out = result.data_ptr<int64_t>();
+  for (int64_t part = 0; part < used; ++part)
+    out = std::copy(found[part].begin(), found[part].end(), out);
+  return result;
+}
+
+CutTable cut_table(at::TensorList scores, at::ScalarType key, const Tensor& thresholds,
+                   const Tensor& first_level, const Tensor& ties, const Tensor& straddled,
+                   const Tensor& ranks) {
+  const int64_t cuts_size = thresholds.numel(), num_levels = ties.numel();
+  Cuts cuts;
+  cuts.key = check_cuts(scores, key, thresholds, first_level, ties, straddled, ranks);
+  const int64_t* values = int64_data(thresholds, "thresholds");
+  const int64_t* first = int64_data(first_level, "first_level");
+  const int64_t* tie = int64_data(ties, "ties");
+  cuts.values.assign(values, values + cuts_size);
+  cuts.first_level.assign(first, first + cuts_size + 1);
+  cuts.ties.assign(tie, tie + num_levels);
+  const bool* flags = straddled.const_data_ptr<bool>();
+  cuts.straddled.assign(flags, flags + cuts_size);
+  const int bits = key_bits(cuts.key);
+  for (int64_t cut = 0; cut < cuts_size; ++cut)
+    TORCH_CHECK_VALUE(
+        values[cut] >= 0 && values[cut] >> bits == 0 && (cut == 0 || values[cut] > values[cut - 1]),
+        "thresholds must be increasing keys of ", bits, " bits, got ", values[cut]);
+  for (int64_t cut = 0; cut <= cuts_size; ++cut)
+    TORCH_CHECK_VALUE(first[cut] >= (cut == 0 ? 0 : first[cut - 1]) && first[cut] <= num_levels,
+                      "first_level must not decrease, in [0, ", num_levels, "], got ", first[cut]);
+  return CutTable(std::move(cuts));
+}
+
+// The prune levels of one tensor; `rank` of each cut is advanced.
+Tensor levels_of(const Tensor& scores, const CutTable& table, int64_t num_levels, int64_t* rank) {
+  const int64_t cuts_size = int64_t(table.cuts().values.size());
+  const Source source = source_of(scores, "scores");
+  Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
+  const int64_t size = scores.numel();
+  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
+  std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
+  std::copy(rank, rank + cuts_size, equal.begin());
+  if (table.any_straddled()) {
+    // Ties are broken by position, so each part must know how many stand before it: all threads
+    // count together in the parts that have one behind them.
+    const int64_t step = (size + threads - 1) / threads;
+    std::mutex adding;
+    if (threads > 1)
+      parts(std::min(size, step * (threads - 1)), [&](int64_t, int64_t begin, int64_t end) {
+        std::vector<int64_t> own(cuts_size);
+        for (int64_t at = begin; at < end;) {
+          const int64_t part = at / step, stop = std::min(end, (part + 1) * step);
+          std::fill(own.begin(), own.end(), 0);
+          table.count_equal(source, at, stop, own.data());
+          const std::lock_guard<std::mutex> lock(adding);
+          for (int64_t cut = 0; cut < cuts_size; ++cut)
+            equal[(part + 1) * cuts_size + cut] += own[cut];
+          at = stop;
+        }
+      });
+    for (int64_t part = 1; part <= threads; ++part)
+      for (int64_t cut = 0; cut < cuts_size; ++cut)
+        equal[part * cuts_size + cut] += equal[(part - 1) * cuts_size + cut];
+  }
+  parts(size, [&](int64_t part, int64_t begin, int64_t end) {
+    int64_t* own = equal.data() + part * cuts_size;
+    if (levels.scalar_type() == at::kByte)
+      table.assign(source, begin, end, own, levels.data_ptr<uint8_t>());
+    else
+      table.assign(source, begin, end, own, levels.data_ptr<int16_t>());
+  });
+  if (table.any_straddled())
+    std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
+  return levels;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> assign_levels(at::TensorList scores, at::ScalarType key,
+                                                      const Tensor& thresholds,
+                                                      const Tensor& first_level, const Tensor& ties,
+                                                      const Tensor& straddled,
+                                                      const Tensor& ranks) {
+  const CutTable table = cut_table(scores, key, thresholds, first_level, ties, straddled, ranks);
+  std::vector<Tensor> levels;
+  Tensor passed = ranks.clone();
+  for (const Tensor& tensor : scores)
+    levels.push_back(levels_of(tensor, table, ties.numel(), passed.data_ptr<int64_t>()));
+  return {levels, passed};
+}
+
+}  // namespace
+}  // namespace confprune
+
+TORCH_LIBRARY_FRAGMENT(confprune, m) {
+  m.def(
+      "magnitude_histogram(Tensor scores, ScalarType key, Tensor prefixes, int shift, "
+      "int digit_bits, Tensor(a!) counts) -> ()");
+  m.def(
+      "magnitude_collect(Tensor scores, ScalarType key, Tensor prefixes, int shift, Tensor low, "
+      "Tensor high, int limit, Tensor(a!) below) -> Tensor");
+  m.def(
+      "magnitude_select(Tensor[] scores, ScalarType key, Tensor rank) "
+      "-> (Tensor keys, Tensor below, Tensor equal, Tensor nan)");
+  m.def(
+      "assign_levels(Tensor[] scores, ScalarType key, Tensor thresholds, Tensor first_level, "
+      "Tensor ties, Tensor straddled, Tensor ranks) -> (Tensor[] levels, Tensor ranks)");
+}
+
+TORCH_LIBRARY_IMPL(confprune, CPU, m) {
+  m.impl("magnitude_histogram", confprune::magnitude_histogram);
+  m.impl("magnitude_collect", confprune::magnitude_collect);
+  m.impl("assign_levels", confprune::assign_levels);
+}
