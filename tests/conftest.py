@@ -4,6 +4,8 @@ import hypothesis
 import pytest
 import torch
 
+from confprune.checkpoint import pruning
+
 # Derandomized, so that a run on another machine fails or passes alike; kernels may be slow to
 # load on the first example, hence no deadline.
 hypothesis.settings.register_profile("confprune", deadline=None, derandomize=True)
@@ -22,6 +24,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars of pruned checkpoints, shown although nobody looks."""
+    shown = []
+
+    class Bar(pruning.tqdm):
+        def __init__(self, **options):
+            shown.append(self)
+            super().__init__(**options | {"delay": 0, "disable": False})
+
+    monkeypatch.setattr(pruning, "tqdm", Bar)
+    return shown
 
 
 def pytest_collection_modifyitems(items):

@@ -286,15 +286,7 @@ def test_several_sparsities_read_the_weights_once_for_all(folder, monkeypatch):
     assert read == ["fc.weight"]
 
 
-def test_progress_reaches_its_end(folder, monkeypatch):
-    bars = []
-
-    class Bar(pruning.tqdm):
-        def __init__(self, **options):
-            bars.append(self)
-            super().__init__(**options | {"delay": 0, "disable": False})
-
-    monkeypatch.setattr(pruning, "tqdm", Bar)
+def test_progress_reaches_its_end(folder, bars):
     for dtype in DTYPES:
         tensors = {
             "fc.weight": torch.randn(9, 9).to(dtype),

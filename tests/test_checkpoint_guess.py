@@ -209,15 +209,7 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_progress_reaches_its_end(tmp_path, monkeypatch, right):
-    bars = []
-
-    class Bar(pruning.tqdm):
-        def __init__(self, **options):
-            bars.append(self)
-            super().__init__(**options | {"delay": 0, "disable": False})
-
-    monkeypatch.setattr(pruning, "tqdm", Bar)
+def test_progress_reaches_its_end(tmp_path, monkeypatch, bars, right):
     if not right:
         monkeypatch.setattr(guessed, "guess", lambda *_: NEVER)
     save_file(drawn("normal"), tmp_path / "model.safetensors")
