@@ -224,7 +224,9 @@ class GridForward:
         """Losses [losses, B, levels] of outputs [levels, B, ...]."""
         values = []
         for loss in self.losses:
-            if loss.vmappable:
+            if loss.broadcasts:
+                of_levels = loss(outputs, reference)
+            elif loss.vmappable:
                 of_levels = torch.vmap(loss, in_dims=(0, None))(outputs, reference)
             else:
                 of_levels = torch.stack([loss(y, reference) for y in outputs])
