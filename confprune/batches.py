@@ -20,7 +20,7 @@ from confprune.losses import Reference
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 DEFAULT_BATCH_SIZE = 256
-_IN_MEMORY_EXAMPLES = 4096
+_IN_MEMORY_EXAMPLES = 16384
 _IN_MEMORY_BYTES = 64 << 20
 _LABELS = ("labels", "label")
 
@@ -70,7 +70,7 @@ def generous_batch_size(data: Any) -> int | None:
     >>> import torch
     >>> from confprune.batches import generous_batch_size
     >>> generous_batch_size(torch.zeros(10, 3)), generous_batch_size([torch.zeros(10, 3)])
-    (4096, None)
+    (16384, None)
     """
     if not _is_whole(data):
         return None

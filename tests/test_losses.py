@@ -125,13 +125,22 @@ def test_losses_follow_their_definition_and_stay_in_the_unit_interval(name, seed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", range(6))
 @pytest.mark.parametrize("name", NAMES)
-def test_vmap_over_levels_equals_the_loop(name, variant, dtype):
+def test_all_levels_at_once_equal_the_loop(name, variant, dtype):
     outputs, reference = make_case(name, 7, dtype, variant)
+    outputs[1].flatten(1)[2, 3] = torch.nan
     loss = BUILT_IN[name]
-    together = torch.vmap(lambda level: loss(level, reference))(outputs)
     one_by_one = torch.stack([loss(level, reference) for level in outputs])
-    torch.testing.assert_close(together, one_by_one, rtol=0, atol=1e-6)
+    batch_minor = outputs.movedim(1, -1).contiguous().movedim(-1, 1)
+    for together in (
+        torch.vmap(lambda level: loss(level, reference))(outputs),
+        loss(outputs, reference),
+        loss(batch_minor, reference),
+        loss(outputs[:1], reference),
+    ):
+        expected = one_by_one[: len(together)]
+        torch.testing.assert_close(together, expected, rtol=0, atol=1e-6, equal_nan=True)
     assert loss.vmappable
+    assert loss.broadcasts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,8 +19,9 @@ none, with the full network's prediction. One logit per pixel means foreground i
 the foreground is scored. Pixels with a negative label, and 255 among more than two classes, are
 left out.
 
-Every built-in runs under `torch.vmap` over levels. NaN outputs give a NaN loss, because a network
-that computes nothing must not count as one that agrees; so does a label that is no class.
+Every built-in takes the outputs of one network [B, ...], or of all levels at once [K, B, ...], and
+gives [B] or [K, B]. NaN outputs give a NaN loss, because a network that computes nothing must not
+count as one that agrees; so does a label that is no class.
 
 >>> import torch
 >>> reference = Reference(outputs=torch.eye(3), targets=None, mask=None)
@@ -85,6 +86,9 @@ class Loss:
         Whether `torch.vmap` may run it over a leading dimension of levels.
     check : callable or None
         ``(name, outputs, reference)``, raises if the loss cannot take these; see `check_shapes`.
+    broadcasts : bool
+        Whether it also takes outputs [K, B, ...] with the reference of one network, and gives
+        [K, B]: what `torch.vmap` would do, in less time.
 
     Examples
     --------
@@ -100,6 +104,7 @@ class Loss:
     needs_targets: bool = False
     vmappable: bool = False
     check: Check | None = None
+    broadcasts: bool = False
 
     def __call__(self, outputs: Tensor, reference: Reference) -> Tensor:
         """The loss of each example: outputs [B, ...] to [B]."""
@@ -215,7 +220,9 @@ def _built_in(
 ) -> Callable[[Callable[[Tensor, Reference], Tensor]], Loss]:
     def register(function: Callable[[Tensor, Reference], Tensor]) -> Loss:
         name = function.__name__
-        loss = Loss(name, function, binary, needs_targets, vmappable=True, check=check)
+        loss = Loss(
+            name, function, binary, needs_targets, vmappable=True, check=check, broadcasts=True
+        )
         # For help() of the object; a frozen dataclass allows no plain assignment.
         object.__setattr__(loss, "__doc__", function.__doc__)
         BUILT_IN[name] = loss

@@ -103,15 +103,12 @@ class BinomialTail:
         The integer that index 0 of the tables stands for.
     cdf : ndarray [W]
         ``P(B <= start + i) * 2**SCALE_BITS``.
-    hinge : ndarray [W]
-        ``E(start + i - B)^+ * 2**SCALE_BITS``.
     """
 
     n: int
     alpha: float
     start: int
     cdf: FloatArray
-    hinge: FloatArray
 
     @property
     def stop(self) -> int:
@@ -121,6 +118,13 @@ class BinomialTail:
     def integers(self) -> FloatArray:
         """The integers of the window [W]."""
         return np.arange(self.start, self.stop + 1, dtype=np.float64)
+
+    @functools.cached_property
+    def hinge(self) -> FloatArray:
+        """``E(start + i - B)^+ * 2**SCALE_BITS`` [W]."""
+        hinge = np.concatenate([[0.0], np.cumsum(self.cdf[:-1])])
+        hinge.setflags(write=False)
+        return hinge
 
     @functools.cached_property
     def tangents(self) -> FloatArray:
@@ -143,6 +147,15 @@ class BinomialTail:
         probability = np.minimum(np.ldexp(self.cdf[inside], -SCALE_BITS), 1.0)
         probability = np.where(index < 0, 0.0, probability)
         return np.where(index >= len(self.cdf) - 1, 1.0, probability)
+
+    def up_to(self, count: float) -> float:
+        """``P(B <= count)`` for one integer, in less time than `below` takes."""
+        index = int(count) - self.start
+        if index < 0:
+            return 0.0
+        if index >= len(self.cdf) - 1:
+            return 1.0
+        return min(math.ldexp(float(self.cdf[index]), -SCALE_BITS), 1.0)
 
     def hinge_bound(self, sums: ArrayLike) -> FloatArray:
         """The smallest of 1 and ``E(a - B)^+ / (a - sums)`` over integers a in (sums, n]."""
@@ -184,10 +197,8 @@ def build_binomial_tail(n: int, alpha: float, floor: float = UNDERFLOW) -> Binom
     if start == 0:
         scaled[0] = float(probability_of_none(n, alpha) * (1 << SCALE_BITS))
     cdf = np.cumsum(scaled)
-    hinge = np.concatenate([[0.0], np.cumsum(cdf[:-1])])
-    for table in (cdf, hinge):
-        table.setflags(write=False)
-    return BinomialTail(n, alpha, start, cdf, hinge)
+    cdf.setflags(write=False)
+    return BinomialTail(n, alpha, start, cdf)
 
 
 def binomial_probabilities(n: int, alpha: float) -> tuple[int, FloatArray]:
@@ -243,8 +254,12 @@ def _scaled_probabilities(start: int, stop: int, n: int, alpha: float) -> FloatA
     mode = min(max(math.floor((n + 1) * alpha), start), stop)
     odds = alpha / (1.0 - alpha)
     below, above = np.arange(mode, start, -1.0), np.arange(float(mode), stop)
-    peak = [math.ldexp(1.0, SCALE_BITS)]
-    falling = np.cumprod(np.concatenate([peak, below / ((n + 1.0 - below) * odds)]))
-    rising = np.cumprod(np.concatenate([peak, (n - above) / (above + 1.0) * odds]))
-    weights = np.concatenate([falling[:0:-1], rising])
-    return np.asarray(weights / math.ldexp(weights.sum(), -SCALE_BITS))
+    weights = np.empty(stop - start + 1)
+    falling, rising = weights[mode - start :: -1], weights[mode - start :]
+    rising[0] = math.ldexp(1.0, SCALE_BITS)
+    falling[1:] = below / ((n + 1.0 - below) * odds)
+    rising[1:] = (n - above) / (above + 1.0) * odds
+    for ratios in (falling, rising):
+        np.multiply.accumulate(ratios, out=ratios)
+    weights /= math.ldexp(weights.sum(), -SCALE_BITS)
+    return weights

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -292,7 +293,7 @@ def _bound_hoeffding(sums: FloatArray, n: FloatArray, delta: FloatArray) -> Floa
 
 
 def _bound_binomial(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
-    return _bound_by_tables(BinomialTail.below, sums, n, delta, *_bracket(sums, n, delta))
+    return _bound_by_tables(BinomialTail.up_to, sums, n, delta, *_bracket(sums, n, delta))
 
 
 def _bound_bentkus(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
@@ -330,7 +331,7 @@ def _bracket(sums: FloatArray, n: FloatArray, delta: FloatArray) -> tuple[FloatA
 
 
 def _bound_by_tables(
-    tail: Callable[[BinomialTail, FloatArray], FloatArray],
+    tail: Callable[[BinomialTail, Any], Any],
     sums: FloatArray,
     n: FloatArray,
     delta: FloatArray,

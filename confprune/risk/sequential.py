@@ -309,16 +309,17 @@ class SequentialTest:
         A doubtful level before one that has been or may still be rejected is kept: it would take
         that one with it.
         """
-        promising = np.ones(self._end, dtype=bool)
-        promising[self._active[doubtful]] = False
-        self._end = int(np.flatnonzero(promising)[-1]) + 1 if promising.any() else 0
+        if doubtful.any():
+            promising = np.ones(self._end, dtype=bool)
+            promising[self._active[doubtful]] = False
+            self._end = int(np.flatnonzero(promising)[-1]) + 1 if promising.any() else 0
         if lost.any():
             self._end = min(self._end, int(self._active[lost][0]))
 
 
-def _expand(mask: ArrayLike | None, shape: tuple[int, ...]) -> BoolArray:
+def _expand(mask: ArrayLike | None, shape: tuple[int, ...]) -> BoolArray | None:
     if mask is None:
-        return np.ones(shape, dtype=bool)
+        return None
     array = np.asarray(mask, dtype=bool)
     if array.shape not in (shape, shape[:1]):
         raise ValueError(f"counted must be [m] or [m, A] = {list(shape)}, got shape {array.shape}")

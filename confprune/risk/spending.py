@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class ErrorSpending:
         start = self.start + first
         # Far above the mean there is no mass worth carrying on.
         kept = max(binomial_window(count, self.alpha)[1] + 1 - start, 1)
-        return replace(self, count=count, start=start, probabilities=probabilities[:kept])
+        return ErrorSpending(self.alpha, count, start, probabilities[:kept], self.spent)
 
     def pvalue(self, errors: FloatArray) -> FloatArray:
         """Probability of having been rejected before, or having at most `errors` errors now.
@@ -109,13 +109,9 @@ class ErrorSpending:
         if rejected == 0:
             return -np.inf, self
         rejected = min(rejected, len(cumulative) - 1)  # Something must remain.
-        remaining = replace(
-            self,
-            start=self.start + rejected,
-            probabilities=self.probabilities[rejected:],
-            spent=float(cumulative[rejected - 1]),
-        )
-        return float(self.start + rejected - 1), remaining
+        start, left = self.start + rejected, self.probabilities[rejected:]
+        spent = float(cumulative[rejected - 1])
+        return float(start - 1), ErrorSpending(self.alpha, self.count, start, left, spent)
 
 
 class SumTracker:
@@ -152,17 +148,18 @@ class SumTracker:
         self._spending = np.asarray(spending, dtype=np.float64)
         self._paths = [ErrorSpending(alpha)] * levels
 
-    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray) -> None:
-        """Add losses [m, A] of the examples that count."""
-        relevant = np.where(counted, losses, 0)
+    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray | None) -> None:
+        """Add losses [m, A] of the examples that count, [m, A] or None for all."""
+        relevant = losses if counted is None else np.where(counted, losses, 0)
         if self._kind.binary_only and not losses_are_binary(relevant):
             raise ValueError(
                 f"pvalue={self._kind.name!r} needs losses that are 0 or 1, got values in between; "
                 "use pvalue='betting' or 'convex'"
             )
-        self.add(relevant.sum(axis=0, dtype=np.float64), levels, counted.sum(axis=0))
+        counts = len(losses) if counted is None else counted.sum(axis=0)
+        self.add(relevant.sum(axis=0, dtype=np.float64), levels, counts)
 
-    def add(self, sums: FloatArray, levels: IntArray, counts: IntArray) -> None:
+    def add(self, sums: FloatArray, levels: IntArray, counts: IntArray | int) -> None:
         """Add the sums [A] of further losses, and how many there were [A]."""
         fractional = sums != np.floor(sums)
         if self._kind.binary_only and fractional.any():
@@ -248,11 +245,12 @@ class BettingTracker:
         self._n = n
         self._process = BettingProcess(alpha, levels, n, delta)
 
-    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray) -> None:
-        """Bet on losses [m, A] of the examples that count."""
-        self.sums[levels] += np.where(counted, losses, 0).sum(axis=0, dtype=np.float64)
-        self.counts[levels] += counted.sum(axis=0)
-        self._process.update(losses, levels, None if counted.all() else counted)
+    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray | None) -> None:
+        """Bet on losses [m, A] of the examples that count, [m, A] or None for all."""
+        relevant = losses if counted is None else np.where(counted, losses, 0)
+        self.sums[levels] += relevant.sum(axis=0, dtype=np.float64)
+        self.counts[levels] += len(losses) if counted is None else counted.sum(axis=0)
+        self._process.update(losses, levels, counted)
 
     def look(self, index: int, levels: IntArray) -> None:
         """Read off the p-values; looking costs nothing."""

@@ -79,6 +79,14 @@ def test_convex_is_accurate_far_in_the_tail_of_large_samples(n, alpha):
         assert expected not in (bounds[0], bounds[-1]) or centre - 2 <= int(total)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("n", [1, 40, 10**5])
+def test_a_table_says_the_same_of_one_count_as_of_many(n, alpha):
+    table = binomial_tail(n, alpha)
+    counts = np.arange(max(table.start - 2, -1), table.stop + 3)
+    assert [table.up_to(count) for count in counts] == table.below(counts).tolist()
+
+
 def test_closed_forms_at_zero_loss():
     for n, alpha in [(45, 0.05), (1000, 0.01), (3, 0.5)]:
         for name in ("hoeffding", "binomial", "convex"):
