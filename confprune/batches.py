@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
@@ -177,7 +178,9 @@ def random_order(data: Any, seed: int) -> Tensor:
     >>> sorted(random_order(torch.zeros(4, 2), seed=0).tolist())
     [0, 1, 2, 3]
     """
-    return torch.randperm(order_length(data), generator=torch.Generator().manual_seed(seed))
+    if not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an integer of at most 64 bits, got {seed!r}")
+    return torch.randperm(order_length(data), generator=torch.Generator().manual_seed(int(seed)))
 
 
 def ordering_size(n: int) -> int:
@@ -196,9 +199,11 @@ def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
     if len(sizes) != 1 or None in sizes:
+        arrays = any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch))
+        way_out = ": make it tensors with torch.from_numpy" if arrays else ""
         raise ValueError(
             "a batch must hold tensors with one row per example, all with as many rows; got "
-            f"{describe(batch)}"
+            f"{describe(batch)}{way_out}"
         )
     return sizes.pop()  # type: ignore[return-value]
 

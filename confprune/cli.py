@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         return _say(options, "interrupted", INTERRUPTED)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except OSError as error:
+        # What has been raised by Python itself opens with a number.
+        plain = error.errno is None or error.filename is None
+        what = str(error) if plain else f"{error.filename}: {error.strerror}"
+        return _say(options, f"error: {what}", BAD_INPUT)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         return _say(options, f"error: {error}", BAD_INPUT)
 
 
@@ -113,7 +119,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     _check_promise(options)
-    folder = _folder(options.out)
+    folder = _writable_folder(options.out)
     # As `python -m` does: factories are usually in the folder where one works.
     sys.path.insert(0, "")
     model = _made("--model", options.model)
@@ -147,6 +153,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    # First what took the time: no failure with the other files loses it.
+    certificate.save(folder / "certificate.json")
     pruned = certificate.prune(model)
     checkpoint.save(pruned, folder / "pruned.safetensors", certificate)
     if options.compress:
@@ -154,7 +162,6 @@ def _calibrate(options: argparse.Namespace) -> int:
         small = sparse.compress(pruned, kernel="sparse")
         sparse.save_sparse(small, folder / "compressed.safetensors", certificate)
     _plot(certificate, folder / "risk.png")
-    certificate.save(folder / "certificate.json")
     print(certificate)
     return DONE if certificate.certified else NOT_CERTIFIED
 
@@ -254,9 +261,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 # What the commands share.
 
 
-def _folder(path: Path) -> Path:
+def _writable_folder(path: Path) -> Path:
+    """The folder, there or to be made, unless it is clear already that it cannot be written."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {path} is a file, not a folder")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {path}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {path} cannot be written: no permission to write to {there}")
     return path
 
 

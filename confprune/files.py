@@ -30,6 +30,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     ------
     FileNotFoundError
         If the folder does not exist.
+    IsADirectoryError
+        If `path` is a folder.
 
     Examples
     --------
@@ -42,6 +44,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     'hello'
     """
     target = real_target(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {os.fspath(path)}: it is a folder; name a file")
     temporary = temporary_name(target)
     try:
         temporary.touch()

@@ -281,10 +281,16 @@ def check_sparsities(sparsities: Sequence[float] | np.ndarray | Tensor) -> tuple
     """The grid as floats, after checking that it is one: strictly increasing, in [0, 1)."""
     if isinstance(sparsities, Tensor):
         sparsities = sparsities.detach().cpu().numpy()
-    values = np.asarray(sparsities, dtype=np.float64)
+    try:
+        values = np.asarray(sparsities, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"sparsities must be a list of numbers, such as [0.5, 0.7], got {sparsities!r}"
+        ) from None
     if values.ndim != 1 or values.size == 0:
         raise ValueError(
-            f"sparsities must be a non-empty one-dimensional grid, got shape {values.shape}"
+            f"sparsities must be a non-empty one-dimensional grid, got shape {values.shape}; for "
+            "one level give [0.5]"
         )
     if values.size > 32767:
         raise ValueError(f"sparsities has {values.size} levels; at most 32767 are supported")

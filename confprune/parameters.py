@@ -56,6 +56,11 @@ def prunable_parameters(
     for name, parameter in chosen.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is lazy: run the model once before pruning it")
+        if parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device, without values: load the weights "
+                "before pruning it"
+            )
         if parameter.dtype not in DTYPES:
             raise TypeError(
                 f"parameter {name!r} is {parameter.dtype}; float32, float64, float16 and bfloat16 "

@@ -129,12 +129,15 @@ def group_labels(batch: Any, groups: Groups) -> list[str]:
             f"groups={groups!r} names a key, but the batch is a {type(batch).__name__}; use "
             "'targets', or a callable from the batch to one group per example"
         )
+    if labels is None and callable(groups):
+        raise ValueError("groups returned None; it must give one group per example")
     if labels is None:
         raise ValueError(f"groups={groups!r} was not found in the batch")
     values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     size = batch_length(batch)
     if len(values) != size or any(isinstance(value, list) for value in values):
-        raise ValueError(f"groups must give one group per example, {size}, got {len(values)}")
+        got = list(labels.shape) if isinstance(labels, Tensor) else len(values)
+        raise ValueError(f"groups must give one group per example, [{size}], got {got}")
     return [str(value) for value in values]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from confprune.competition import check_scope
@@ -27,6 +27,8 @@ def resolve_ways(
 
     Raises
     ------
+    TypeError
+        If something is neither a name nor several.
     ValueError
         If something is unknown, given twice, or does not go with the others.
 
@@ -57,6 +59,8 @@ def resolve_ways(
 
 def _several(name: str, values: Any) -> list[Any]:
     """At least one value, each once."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a name, or a list of several, got {values!r}")
     several = list(values)
     texts = [str(value) for value in several]
     if not several or len(set(texts)) < len(texts):

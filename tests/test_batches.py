@@ -180,7 +180,7 @@ def test_what_is_no_data_is_refused(data):
         ([(X, Y[:5])], "as many rows"),
         ([1, 2, 3], "got a int"),
         (iter(["text"]), "got a str"),
-        (np.zeros((3, 2)), "got a ndarray"),
+        (np.zeros((3, 2)), "got a ndarray: make it tensors with torch.from_numpy"),
         ([(X, torch.tensor(1))], "one row per example"),
     ],
 )

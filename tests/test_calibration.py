@@ -194,11 +194,16 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "alpha nan": ({"alpha": math.nan}, "alpha must lie .* got nan"),
     "delta 0": ({"delta": 0}, "delta must lie strictly between 0 and 1, got 0"),
     "delta 2": ({"delta": 2.0}, "delta must lie .* got 2"),
+    "alpha text": ({"alpha": "small"}, "alpha must be a number, got 'small'"),
     "no delta": ({"delta": None}, "give delta="),
     "no loss": ({"loss": None}, "give loss= and alpha="),
     "loss": ({"loss": "accuracy"}, "unknown loss 'accuracy': use 'disagreement', 'error'"),
     "pvalue": ({"pvalue": "exact"}, "pvalue .*'exact'.*hoeffding"),
     "procedure": ({"procedure": "sidak"}, "procedure .*'sidak'.*fixed_sequence"),
+    "scopes": ({"scope": 3}, "scope must be a name, or a list of several, got 3"),
+    "no criterion": ({"criterion": None}, "criterion must be a name, .* got None"),
+    "seed": ({"seed": "lucky"}, "seed must be an integer of at most 64 bits, got 'lucky'"),
+    "large seed": ({"seed": 2**64}, "seed must be an integer of at most 64 bits"),
     "scope": (
         {"scope": "block"},
         r"scope 'block' is unknown; choose from \['global', 'layer', 'row'\]",
@@ -229,7 +234,7 @@ def test_wrong_settings_are_refused_before_any_work(digits, case):
         raise AssertionError("the model was run")
 
     settings = {"loss": "disagreement", "forward": forward} | SETTINGS | changes
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         calibrate(model, data, **settings)
 
 

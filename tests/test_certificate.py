@@ -429,6 +429,15 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
         Certificate.load(tmp_path / "nowhere.json")
     with pytest.raises(FileNotFoundError, match="absent is not a folder"):
         certify([0]).save(tmp_path / "absent" / "certificate.json")
+    with pytest.raises(IsADirectoryError, match="it is a folder; name a file"):
+        certify([0]).save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_network_is_refused():
+    certificate = certify([0], pruning=pruning_of(small_network()))
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        certificate.prune({})
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])

@@ -254,6 +254,8 @@ class TestGroups:
         [
             ("site", "groups='site' names a key"),
             (lambda batch: [1, 2], "one group per example"),
+            (lambda batch: batch[0], r"one group per example, \[\d+\], got \[\d+, \d+\]"),
+            (lambda batch: None, "groups returned None"),
         ],
     )
     def test_groups_that_cannot_be_read_are_refused(self, model, data, groups, message):

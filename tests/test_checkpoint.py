@@ -348,6 +348,13 @@ def test_sparsity_and_certificate_exclude_each_other(folder, certified):
         checkpoint.prune(source, out, certificate=certified[1], include=["0.weight"])
 
 
+def test_what_is_no_certificate_is_refused(folder, certified):
+    checkpoint.save(certified[0], folder / "model.safetensors")
+    with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.load"):
+        checkpoint.prune(folder / "model.safetensors", folder / "out", certificate="run.json")
+    assert not (folder / "out").exists()
+
+
 def test_a_certificate_of_nothing_prunes_nothing(folder):
     model = nn.Linear(16, 4)
     data = (torch.randn(300, 16), torch.randint(0, 4, (300,)))

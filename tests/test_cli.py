@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -437,6 +438,24 @@ def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):
     assert "risk.png was not drawn" in capsys.readouterr().err
 
 
+def test_a_failure_while_writing_leaves_the_certificate(folder, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(confprune.checkpoint, "save", full)
+    assert "no space left" in refusal(capsys, *CALIBRATE, MODEL, DATA, "--out=out")
+    assert confprune.Certificate.load("out/certificate.json").certified
+
+
+@pytest.mark.parametrize("out", ["out", "new/folder"])
+def test_a_folder_that_cannot_be_written_is_refused_before_work(folder, capsys, monkeypatch, out):
+    (folder / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(confprune, "calibrate", None)
+    message = refusal(capsys, *CALIBRATE, MODEL, DATA, f"--out={out}")
+    assert f"--out {out} cannot be written: no permission to write to" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -465,6 +484,7 @@ def test_picture_is_left_out_without_matplotlib(folder, capsys, monkeypatch):
         (["--weights=missing.safetensors"], "there is no file missing.safetensors"),
         (["--weights=project.py"], "project.py is not a safetensors file"),
         (["--out=project.py"], "--out project.py is a file"),
+        (["--out=project.py/run"], "project.py is a file, not a folder"),
     ],
 )
 def test_calibrate_refuses(folder, capsys, arguments, message):
@@ -785,3 +805,8 @@ def test_tied_weights_are_pruned_under_every_name(folder, project, capsys, stora
 def test_report_refuses_what_is_no_certificate(folder, capsys, text, message):
     (folder / "certificate.json").write_text(text)
     assert message in refusal(capsys, "report", "certificate.json")
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, capsys):
+    message = refusal(capsys, "report", "nowhere.json")
+    assert message == "confprune report: error: nowhere.json: No such file or directory"

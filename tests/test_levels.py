@@ -357,6 +357,17 @@ def test_layers_that_compute_their_weight_are_refused_with_the_way_out(change):
     assert list(prune_levels(model, GRID).levels) == ["0.weight", "1.weight"]
 
 
+@pytest.mark.parametrize("grid", [["half"], (s for s in [0.5]), {0.5}])
+def test_sparsities_that_are_no_list_of_numbers_are_refused(grid):
+    with pytest.raises(TypeError, match=r"sparsities must be a list of numbers, such as \[0.5,"):
+        prune_levels(nn.Linear(2, 2), grid)
+
+
+def test_weights_without_values_are_refused():
+    with pytest.raises(ValueError, match=r"'weight' is on the meta device, .* load the weights"):
+        prune_levels(nn.Linear(2, 2, device="meta"), GRID)
+
+
 def test_lazy_layers_are_refused_until_they_have_run():
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"'0.weight' is lazy: run the model once"):

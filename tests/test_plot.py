@@ -257,6 +257,12 @@ def test_the_extension_decides_the_format(tmp_path, suffix, start):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_name_without_an_extension_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"path .*risk has no extension: name a format, as in"):
+        make_certificate(CURVE, 5).plot(tmp_path / "risk")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_drawing_leaves_the_old_file(tmp_path):
     path = tmp_path / "risk.unknown"
     path.write_text("old")

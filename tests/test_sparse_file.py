@@ -532,3 +532,9 @@ class TestOnnx:
         monkeypatch.setattr(builtins, "__import__", without)
         with pytest.raises(ImportError, match=r"needs onnx.*: pip install 'confprune\[onnx\]'"):
             export_onnx(network(), torch.randn(2, 3, 8), tmp_path / "model.onnx")
+
+
+def test_what_is_no_certificate_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.load"):
+        save_sparse(nn.Linear(2, 2), tmp_path / "small.safetensors", "certificate.json")
+    assert os.listdir(tmp_path) == []

@@ -175,6 +175,30 @@ def test_a_risk_that_does_not_reproduce_fails_verification(model, examples, chan
         verify(other, model, examples)
 
 
+@pytest.mark.parametrize("looks", ["auto", None])
+def test_an_edited_alpha_fails_verification(model, examples, looks):
+    certificate = calibrate(model, examples, looks=looks)
+    strict = dataclasses.replace(certificate, alpha=certificate.risk)
+    with pytest.raises(VerificationError, match=r"does not show one of at most .* was changed"):
+        verify(strict, model, examples)
+
+
+def test_an_edited_delta_fails_verification(model, examples):
+    certificate = calibrate(model, examples, looks=None)
+    surer = dataclasses.replace(certificate, delta=certificate.pvalues[certificate.level] / 2)
+    with pytest.raises(VerificationError, match=r"does not show one of at most 0.2 with delta"):
+        verify(surer, model, examples)
+
+
+def test_what_one_of_several_risks_promises_may_not_be_edited(model, examples):
+    risks = [Risk("disagreement", ALPHA), Risk("harm", ALPHA)]
+    certificate = calibrate(model, examples, risks=risks, looks=None)
+    alpha = max(part.risks[certificate.level] for part in certificate.parts)
+    strict = tuple(dataclasses.replace(part, alpha=alpha) for part in certificate.parts)
+    with pytest.raises(VerificationError, match=r"does not show one of at most"):
+        verify(dataclasses.replace(certificate, parts=strict, alpha=alpha), model, examples)
+
+
 def test_near_ties_that_fall_the_other_way_pass_verification(model, examples):
     certificate = stated(model, examples)
     near = dataclasses.replace(certificate, risks=(certificate.risk + 2 / 600,))

@@ -362,7 +362,8 @@ class Certificate:
         Raises
         ------
         VerificationError
-            If a risk, an acceptance rate or a number of examples does not reproduce. Two examples,
+            If a risk, an acceptance rate or a number of examples does not reproduce, or the risk
+            does not show what the certificate promises, because its file was edited. Two examples,
             and a risk of 0.001 (0.01 for weights in 16 bits), may differ: near-ties fall either way
             in rounding.
         ValueError
@@ -457,6 +458,8 @@ class Certificate:
 
     def _check_same_weights(self, model: nn.Module, verb: str) -> None:
         pruning = self._pruning_for(verb)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {name: parameters[name] for name in pruning.parameters if name in parameters}
         differs = difference(pruning.fingerprint, fingerprint(found))

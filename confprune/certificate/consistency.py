@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from confprune.certificate.evidence import Part, check_unit, plain_floats
+from confprune.risk.pvalues import PVALUES
+from confprune.risk.testing import PROCEDURES
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
@@ -32,6 +37,34 @@ def is_of(certificate: Certificate, part: Part) -> bool:
         plain_floats(getattr(certificate, name)) == plain_floats(getattr(part, name))
         for name in ("risks", "bounds")
     )
+
+
+def why_unsupported(certificate: Certificate, parts: Sequence[Part], level: int) -> str | None:
+    """Why a level's risks do not show what the certificate states of it; None if they do.
+
+    The p-value of a level that was rejected is at most delta, also by itself and at an early look:
+    what a test rejects at a part of delta, it rejects at all of it. Of several risks, each may have
+    been shown on fewer examples than the last look had, and p-values that take more than the sum of
+    the losses are not computed again: these are taken as they are stated.
+    """
+    if certificate.guarantee != "risk" or certificate.procedure not in PROCEDURES:
+        return None
+    assert certificate.delta is not None
+    for part in parts:
+        pvalue, kind = certificate.pvalues[level], PVALUES.get(part.pvalue)
+        again = len(parts) == 1 or certificate.looks is None
+        if again and kind is not None and kind.from_sums is not None and part.counts[level]:
+            total = part.risks[level] * part.counts[level]
+            if kind.binary_only:
+                total = round(total)
+            pvalue = float(kind.from_sums(np.array([total]), part.counts[level], part.alpha)[0])
+        if pvalue > certificate.delta * (1 + 1e-6):
+            return (
+                f"a {part.name} of {part.risks[level]:.6g} on {part.counts[level]} examples "
+                f"(p-value {pvalue:.2g}) does not show one of at most {part.alpha:g} with delta "
+                f"{certificate.delta:g}: the certificate was changed after it was made"
+            )
+    return None
 
 
 def _check_levels(certificate: Certificate) -> None:

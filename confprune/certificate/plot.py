@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +70,8 @@ def plot_certificate(
     ImportError
         If matplotlib is not installed.
     ValueError
-        If `test_risks` has another length than the grid, or the extension is no known format.
+        If `test_risks` has another length than the grid, or `path` has no extension, or one that is
+        no known format.
 
     Examples
     --------
@@ -87,6 +89,8 @@ def plot_certificate(
         raise ValueError(
             f"test_risks has {len(test_risks)} values for {len(certificate.sparsities)} sparsities"
         )
+    if path is not None and not Path(path).suffix:
+        raise ValueError(f"path {os.fspath(path)} has no extension: name a format, as in risk.png")
     below = []
     if certificate.acceptance is not None:
         below.append(draw_acceptance)

@@ -28,6 +28,7 @@ from confprune.batches import (
     reference_of,
     slice_batch,
 )
+from confprune.certificate.consistency import why_unsupported
 from confprune.certificate.evidence import Part
 from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class VerificationError(ValueError):
-    """The pruned network's risk is not the one that the certificate states."""
+    """The risk is not the one that the certificate states, or does not show what it promises."""
 
 
 def verify(
@@ -116,6 +117,9 @@ def verify(
         if rule is not None:
             counted &= measured.values[-1] > 0.5
         risks[part.name] = _compare(certificate, part, level, rows[part.loss][counted])
+    unsupported = why_unsupported(certificate, parts, level)
+    if unsupported is not None:
+        raise VerificationError(unsupported)
     return risks[(certificate.binding or parts[0]).name]
 
 

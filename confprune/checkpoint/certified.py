@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import confprune
 from confprune.certificate.fingerprint import difference, fingerprint_entry
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
 from confprune.checkpoint.reading import ahead, same_bytes, tensor_blocks
@@ -18,9 +19,16 @@ def certified_tensors(checkpoint: Checkpoint, certificate: Certificate) -> list[
 
     Raises
     ------
+    TypeError
+        If it is no certificate.
     ValueError
         If it certifies nothing, or was made for other weights, naming the difference.
     """
+    if not isinstance(certificate, confprune.Certificate):
+        raise TypeError(
+            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
+            "a file with confprune.Certificate.load"
+        )
     if certificate.pruning is None:
         raise ValueError(
             "the certificate was made from a loss matrix and does not say how to prune"

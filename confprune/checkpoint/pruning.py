@@ -149,7 +149,7 @@ def prune(
     if certificate is not None:
         task = certified_task(checkpoint, certificate)
     else:
-        grid = check_sparsities(np.atleast_1d(np.asarray(sparsity, dtype=np.float64)))
+        grid = check_sparsities(np.atleast_1d(np.asarray(sparsity)))
         tensors = pruned_tensors(choose(checkpoint, include=include, exclude=exclude))
         task = plain_task(tensors, grid, scope, resolve_criterion(criterion), pattern)
     check_space(checkpoint, output_paths(out, task.sparsities, checkpoint))

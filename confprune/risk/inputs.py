@@ -21,12 +21,17 @@ _BLOCK = 4096
 def check_probability(name: str, value: float) -> float:
     """Return `value` as a float strictly between 0 and 1, or raise ``ValueError``.
 
+    ``TypeError`` for what is no number.
+
     Examples
     --------
     >>> check_probability("alpha", 0.05)
     0.05
     """
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}; try {name}=0.1") from None
     if not 0.0 < number < 1.0:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}; try {name}=0.1")
     return number

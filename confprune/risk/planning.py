@@ -139,6 +139,8 @@ def simulate(
     delta = check_probability("delta", delta)
     if n < 1 or draws < 1:
         raise ValueError(f"n and draws must be at least 1, got n={n}, draws={draws}")
+    if wished is not None and not 0 <= wished < 1:
+        raise ValueError(f"wished must be a sparsity in [0, 1), got {wished}")
     grid = np.asarray(sparsities, dtype=np.float64)
     source = _Source(risks_or_losses)
     if grid.ndim != 1 or source.levels != len(grid):

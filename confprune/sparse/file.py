@@ -63,6 +63,11 @@ def save_sparse(
     >>> torch.equal(again.weight, pruned.weight)
     True
     """
+    if certificate is not None and not isinstance(certificate, confprune.Certificate):
+        raise TypeError(
+            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
+            "a file with confprune.Certificate.load"
+        )
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)

@@ -87,6 +87,8 @@ def test_bad_arguments_are_refused():
         planning.simulate(SPARSITIES, RISKS[:5], 0.05, 0.1, 100)
     with pytest.raises(ValueError, match="draws"):
         planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, draws=0)
+    with pytest.raises(ValueError, match=r"wished must be a sparsity in \[0, 1\), got 70"):
+        planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, wished=70)
     with pytest.raises(ValueError, match="graphical"):
         planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, procedure="graphical")
     with pytest.raises(ValueError, match=r"1\.5"):
