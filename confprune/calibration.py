@@ -21,7 +21,7 @@ from confprune.grid import GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
 from confprune.ops import check_kernels
-from confprune.parameters import ParameterFilter
+from confprune.parameters import ParameterFilter, check_module
 from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
@@ -92,6 +92,12 @@ def loss_matrix(
     >>> confprune.loss_matrix(model, torch.randn(20, 8), levels, "disagreement").shape
     torch.Size([20, 2])
     """
+    check_module(model)
+    if not isinstance(levels, PruneLevels):
+        raise TypeError(
+            f"levels must be the PruneLevels that prune_levels(model, sparsities) returns, got "
+            f"{type(levels).__name__}"
+        )
     resolved = resolve_loss(loss)
     check_data(data, batch_size)
     grid = GridForward(
@@ -318,6 +324,7 @@ def calibrate(
     True
     """
     with Ranks(group).together() as ranks:
+        check_module(model)
         resolved = resolve_risks(loss, alpha, risks, pvalue)
         grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
         check_data(data, batch_size)
@@ -355,7 +362,14 @@ def calibrate(
 
 
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA device: use device='cpu'")
     if all(p.device == target for p in model.parameters()):
         return model
     return copy.deepcopy(model).to(target)

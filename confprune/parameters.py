@@ -40,8 +40,7 @@ def prunable_parameters(
     >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
     ['0.weight', '2.weight']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if parameters is None:
         chosen = _layer_weights(model)
     elif callable(parameters):
@@ -67,6 +66,12 @@ def prunable_parameters(
                 "can be pruned: leave it out with parameters="
             )
     return chosen
+
+
+def check_module(model: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -155,6 +155,23 @@ def test_the_device_may_be_named(digits):
     assert certificate.certified
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(digits):
+    model, data, _ = digits
+    with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device"):
+        calibrate(model, data, loss="error", device="cuda", **SETTINGS)
+
+
+def test_what_is_no_model_or_no_levels_is_refused(digits):
+    model, data, _ = digits
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        calibrate(None, data, loss="error", **SETTINGS)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        loss_matrix(lambda x: x, data, prune_levels(model, [0.5]), "error")
+    with pytest.raises(TypeError, match=r"levels must be the PruneLevels .* got list"):
+        loss_matrix(model, data, [0.5], "error")
+
+
 def test_no_progress_bar_unless_wanted(digits, capsys):
     model, data, _ = digits
     calibrate(model, data, loss="error", sparsities=[0.5], **SETTINGS)
@@ -216,6 +233,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "parameters": ({"parameters": ["3.weight"]}, "parameters names '3.weight', .* 0.weight"),
     "no parameters": ({"parameters": []}, "no prunable weights"),
     "batch size": ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+    "device": ({"device": "foo"}, "device must be one that torch knows, .* got 'foo'"),
     "budget": ({"activation_bytes": 0}, "activation_bytes must be positive, got 0"),
     "too few": (
         {"alpha": 0.001},
