@@ -32,6 +32,7 @@ from confprune.criteria import Statistics
 from confprune.files import written_whole
 from confprune.levels import prune_levels
 from confprune.losses import LossLike
+from confprune.parameters import check_module
 from confprune.risks import Accept, Groups
 from confprune.sparse.modules import is_compressed
 
@@ -458,8 +459,7 @@ class Certificate:
 
     def _check_same_weights(self, model: nn.Module, verb: str) -> None:
         pruning = self._pruning_for(verb)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = {name: parameters[name] for name in pruning.parameters if name in parameters}
         differs = difference(pruning.fingerprint, fingerprint(found))

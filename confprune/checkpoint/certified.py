@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 
+def check_certificate(certificate: object) -> None:
+    """Raise TypeError for what is no certificate, such as the path of one."""
+    if not isinstance(certificate, confprune.Certificate):
+        raise TypeError(
+            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
+            "a file with confprune.Certificate.load"
+        )
+
+
 def certified_tensors(checkpoint: Checkpoint, certificate: Certificate) -> list[StoredTensor]:
     """The tensors that the certificate was made for, in its order.
 
@@ -24,11 +33,7 @@ def certified_tensors(checkpoint: Checkpoint, certificate: Certificate) -> list[
     ValueError
         If it certifies nothing, or was made for other weights, naming the difference.
     """
-    if not isinstance(certificate, confprune.Certificate):
-        raise TypeError(
-            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
-            "a file with confprune.Certificate.load"
-        )
+    check_certificate(certificate)
     if certificate.pruning is None:
         raise ValueError(
             "the certificate was made from a loss matrix and does not say how to prune"

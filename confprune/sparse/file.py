@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import confprune
+from confprune.checkpoint.certified import check_certificate
 from confprune.files import written_whole
 from confprune.parameters import DTYPES
 from confprune.sparse.compression import check_kernel, dense_from_of, replaced_in, sparse_like
@@ -63,11 +64,8 @@ def save_sparse(
     >>> torch.equal(again.weight, pruned.weight)
     True
     """
-    if certificate is not None and not isinstance(certificate, confprune.Certificate):
-        raise TypeError(
-            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
-            "a file with confprune.Certificate.load"
-        )
+    if certificate is not None:
+        check_certificate(certificate)
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)
