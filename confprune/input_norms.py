@@ -16,6 +16,7 @@ from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
 from confprune.grid.attention import multi_head_attention
 from confprune.grid.mode import each
+from confprune.ops import output_positions
 from confprune.parameters import ParameterFilter, prunable_parameters
 
 
@@ -165,10 +166,8 @@ def _conv(dimensions: int) -> Callable[..., None]:
         steps, spread = each(stride, dimensions), each(dilation, dimensions)
         kernel = weight.shape[2:]
         squares = F.pad(batch.double().square().sum(0), _margins(padding, kernel, spread))
-        positions = [
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, d, s in zip(squares.shape[1:], kernel, spread, steps, strict=True)
-        ]
+        none = [0] * dimensions  # the margins are there already
+        positions = output_positions(squares.shape[1:], kernel, steps, none, spread)
         sums = []
         for place in product(*(range(k) for k in kernel)):
             # What this place of the kernel meets: every stride-th input, from its own offset.

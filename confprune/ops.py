@@ -95,6 +95,25 @@ def check_kernels(devices: Iterable[torch.device]) -> None:
         )
 
 
+def output_positions(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The positions of a convolution's output in each dimension, from those of its input.
+
+    Examples
+    --------
+    >>> from confprune.ops import output_positions
+    >>> output_positions([28, 28], [3, 5], stride=[2, 1], padding=[1, 0], dilation=[1, 1])
+    [14, 24]
+    """
+    geometry = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+
+
 @torch.library.register_fake("confprune::magnitude_histogram")  # type: ignore[untyped-decorator]
 def _(
     scores: Tensor,
@@ -223,8 +242,7 @@ def _(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    geometry = zip(x.shape[3:], kernel, stride, padding, dilation, strict=True)
-    positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+    positions = output_positions(x.shape[3:], kernel, stride, padding, dilation)
     if x.is_cuda:
         return x.new_empty(level.shape[0], x.shape[1], outputs, *positions)
     return x.new_empty(level.shape[0], outputs, *positions, x.shape[1]).movedim(-1, 1)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from confprune.ops import output_positions
+
 MASKED_BYTES = 256 << 20
 """Masked weights of one layer that exist at once; a single level may take more."""
 
@@ -116,8 +118,7 @@ def grid_conv(
     """
     convolution = _CONVOLUTIONS[weight.ndim - 2]
     settings: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
-    geometry = zip(x.shape[3:], weight.shape[2:], stride, padding, dilation, strict=True)
-    positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+    positions = output_positions(x.shape[3:], weight.shape[2:], stride, padding, dilation)
     y = x.new_empty(level.shape[0], x.shape[1], weight.shape[0], *positions)
     inner = bias if scale is None else None
     at_once = relu and residual is None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from confprune.parameters import DTYPES, is_linear, layer_weight
+from confprune.parameters import DTYPES, check_module, is_linear, layer_weight
 from confprune.sparse.choice import measured_dense_from
 from confprune.sparse.modules import (
     NEVER,
@@ -80,8 +80,7 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
     ...     torch.allclose(small(x), pruned(x), atol=1e-5)
     True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     check_kernel(kernel)
     if not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity!r}")

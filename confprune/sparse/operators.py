@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import confprune.ops  # noqa: F401  loads the library
+from confprune.ops import output_positions
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 """values [survivors], columns [survivors], slices [bytes], cells [cells + 3, 2]"""
@@ -99,8 +99,7 @@ def _(
     dense_from: int,
 ) -> Tensor:
     *batch, _ = x.shape[: -len(kernel)]
-    geometry = zip(x.shape[-len(kernel) :], kernel, stride, padding, dilation, strict=True)
-    positions = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
+    positions = output_positions(x.shape[-len(kernel) :], kernel, stride, padding, dilation)
     return x.new_empty(*batch, outputs, *positions)
 
 
