@@ -266,12 +266,14 @@ class TestProducts:
 
     @pytest.mark.parametrize("shared", [False, True])
     @pytest.mark.parametrize("batch", [1, 5, 16, 35])
+    @pytest.mark.parametrize("stride", [1, 2])
     @pytest.mark.parametrize(
-        ("positions", "padding"), [((13, 11), 1), ((10, 12), 2), ((14, 45), 0), ((10, 10), 1)]
+        ("positions", "padding"),
+        [((13, 11), 1), ((10, 12), 2), ((14, 45), 0), ((10, 10), 1), ((8, 15), 3), ((28, 16), 1)],
     )
-    def test_a_convolution_by_minimal_filtering(self, positions, padding, batch, shared):
+    def test_a_convolution_by_minimal_filtering(self, positions, padding, stride, batch, shared):
         tensors, geometry = conv_case(
-            positions, 17, 19, padding=padding, batch=batch, shared=shared
+            positions, 17, 19, stride=stride, padding=padding, batch=batch, shared=shared
         )
         check_conv(tensors, geometry, filtered=True)
 
@@ -280,9 +282,13 @@ class TestProducts:
     @pytest.mark.parametrize("batch_last", [False, True])
     @pytest.mark.parametrize("batch", [3, 16, 32])
     @pytest.mark.parametrize("channels", [5, 20])  # those of 20 are filtered minimally
-    def test_a_residual_is_added_before_the_relu(self, channels, batch, batch_last, own, relu):
+    @pytest.mark.parametrize(("positions", "stride"), [((9, 8), 1), ((15, 14), 2)])
+    def test_a_residual_is_added_before_the_relu(
+        self, positions, stride, channels, batch, batch_last, own, relu
+    ):
+        rest = (19, None, stride, 1)
         for dtype in DTYPES:
-            check_residual((9, 8), channels, batch, batch_last, own, relu, dtype=dtype)
+            check_residual(positions, channels, batch, batch_last, own, relu, rest, dtype=dtype)
 
     @pytest.mark.parametrize("shared", [False, True])
     @pytest.mark.parametrize("name", GEOMETRIES)
@@ -290,27 +296,40 @@ class TestProducts:
         positions, *rest = GEOMETRIES[name]
         check_residual(positions, *rest[:1], 16, True, True, True, rest[1:], shared=shared)
 
+    @pytest.mark.parametrize("stride", [1, 2])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_minimal_filtering_of_every_floating_type(self, dtype):
-        tensors, geometry = conv_case((11, 12), 16, 24, padding=1, dtype=dtype)
+    def test_minimal_filtering_of_every_floating_type(self, dtype, stride):
+        tensors, geometry = conv_case((11, 14), 16, 24, stride=stride, padding=1, dtype=dtype)
         check_conv(tensors, geometry, filtered=True)
 
-    def test_minimal_filtering_loses_little_precision(self):
-        tensors, geometry = conv_case((12, 12), 64, 64, padding=1, batch=2, random=True)
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("side", [12, 14])  # tiles of 4, and of 3 and 4
+    def test_minimal_filtering_loses_little_precision(self, side, stride):
+        tensors, geometry = conv_case(
+            (side * stride,) * 2, 64, 64, stride=stride, padding=1, batch=2, random=True
+        )
         check_conv(tensors, geometry, filtered=True)
 
+    @pytest.mark.parametrize("stride", [1, 2])
     @pytest.mark.parametrize("batch", [2, 40])
-    def test_examples_are_filtered_alike_in_any_batch(self, batch):
-        (x, *others), geometry = conv_case((9, 13), 18, 20, padding=1, batch=batch, random=True)
+    def test_examples_are_filtered_alike_in_any_batch(self, batch, stride):
+        (x, *others), geometry = conv_case(
+            (13, 27), 18, 20, stride=stride, padding=1, batch=batch, random=True
+        )
         y = run_conv(x, *others, **geometry)
         for number in (1, 3):
             with threads(number):
                 assert torch.equal(run_conv(x[:, :1], *others, **geometry), y[:, :1])
                 assert torch.equal(run_conv(x, *others, **geometry), y)
 
-    def test_filtering_notices_an_input_that_is_not_finite_wherever_it_is(self):
-        (x, *others), geometry = conv_case((6, 7), 16, 16, batch=1)
-        for position in itertools.product(range(6), range(7)):
+    @pytest.mark.parametrize(("positions", "stride", "padding"), [((6, 7), 1, 0), ((13, 7), 2, 1)])
+    def test_filtering_notices_an_input_that_is_not_finite_wherever_it_is(
+        self, positions, stride, padding
+    ):
+        (x, *others), geometry = conv_case(
+            positions, 16, 16, stride=stride, padding=padding, batch=1
+        )
+        for position in itertools.product(*map(range, positions)):
             hidden = x.clone()
             hidden[1, 0, 3][position] = math.inf
             with pytest.raises(RuntimeError, match="infinity"):

@@ -94,21 +94,23 @@ struct Finish {
     residual = static_cast<const T*>(product.residual.data) + k * product.residual.level_stride;
   }
 
+  T factor(int64_t row) const { return scale == nullptr ? T(1) : scale[row]; }
+  T start(int64_t row) const { return shift == nullptr ? T(0) : shift[row]; }
+
   // Where there is a residual, `place` is among the outputs.
   template <int V>
   void write(const typename Lanes<T>::Vector (&sum)[V], int64_t row, T* place) const {
+    for (int v = 0; v < V; ++v)
+      write(sum[v], factor(row), start(row), place + v * Lanes<T>::kWidth);
+  }
+  void write(typename Lanes<T>::Vector sum, T factor, T start, T* place) const {
     using L = Lanes<T>;
-    const T factor = scale == nullptr ? T(1) : scale[row];
-    const T start = shift == nullptr ? T(0) : shift[row];
     const typename L::Vector least = floor - typename L::Vector{};
-    for (int v = 0; v < V; ++v) {
-      typename L::Vector y = sum[v] * factor + start;
-      T* const to = place + v * L::kWidth;
-      if (residual != nullptr)
-        y += *reinterpret_cast<const typename L::Unaligned*>(residual + (to - outputs));
-      // This way round NaN stays.
-      *reinterpret_cast<typename L::Unaligned*>(to) = y < least ? least : y;
-    }
+    typename L::Vector y = sum * factor + start;
+    if (residual != nullptr)
+      y += *reinterpret_cast<const typename L::Unaligned*>(residual + (place - outputs));
+    // This way round NaN stays.
+    *reinterpret_cast<typename L::Unaligned*>(place) = y < least ? least : y;
   }
 
   // Into the first-level cache (3), or the second (2).
@@ -217,6 +219,8 @@ void with_vectors(int64_t vectors, Body body) {
 }  // namespace confprune
 
 #include "kernels/grid_packing.h"
+#include "kernels/grid_tiles.h"
+#include "kernels/grid_transforms.h"
 #include "kernels/grid_winograd.h"
 
 namespace confprune {
@@ -328,7 +332,9 @@ void run_typed(const GridDetails& d, int64_t task, void* scratch) {
   T* const space = static_cast<T*>(scratch);
   if constexpr (std::is_same<T, float>::value)
     if (!d.winograd.levels.empty() && d.winograd.levels[k])
-      return run_winograd(d, k, row_begin, row_end, begin, end, x, space, y);
+      return d.winograd.stride == 1
+                 ? run_winograd<1>(d, k, row_begin, row_end, begin, end, x, space, y)
+                 : run_winograd<2>(d, k, row_begin, row_end, begin, end, x, space, y);
   for (int64_t part = begin; part < end; ++part)
     run_part(d, k, part, row_begin, row_end, x, space, y);
 }

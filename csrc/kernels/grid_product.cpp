@@ -10,12 +10,10 @@
 namespace confprune {
 namespace {
 
-constexpr int64_t kConvolutionChunk = 16;
-// Where minimal filtering is faster, as measured: from so many channels, and where its products,
-// some of which are of tiles that stand out, are a share of the weights alive.
+// Where minimal filtering is faster, as measured: from so many channels, and where its products are
+// not many more than the weights alive.
 constexpr int64_t kWinogradChannels = 16;
-constexpr double kWinogradGain = 0.9;
-constexpr int64_t kWinogradStep = 3;  // tiles of a step: their sums stay in registers
+constexpr double kWinogradGain = 1.15;
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPackedBytes = 5 << 17;  // of a band of lines, within a second-level cache
 constexpr int64_t kLeastBand = 4;          // lines: neighbouring bands share some
@@ -27,8 +25,9 @@ bool is_winograd(const GridProduct& product) {
   const Convolution& c = product.convolution;
   return !product.shared && !product.wide && c.groups == 1 && c.kernel[0] == 1 &&
          c.kernel[1] == 3 && c.kernel[2] == 3 && c.input[0] == 1 && c.padding[0] == 0 &&
-         c.stride[1] == 1 && c.stride[2] == 1 && c.dilation[1] == 1 && c.dilation[2] == 1 &&
-         c.channels >= kWinogradChannels && product.rows.rows >= kWinogradChannels;
+         c.stride[1] == c.stride[2] && c.stride[1] <= 2 && c.dilation[1] == 1 &&
+         c.dilation[2] == 1 && c.channels >= kWinogradChannels &&
+         product.rows.rows >= kWinogradChannels;
 }
 
 // Tiles of the output, down and across.
@@ -37,13 +36,30 @@ void winograd_tiles(const Convolution& c, int64_t (&tiles)[2]) {
     tiles[d] = (c.output[d + 1] + kOutputSide - 1) / kOutputSide;
 }
 
+// The products of minimal filtering for a channel of one row.
+template <int S>
+int64_t filtered_products(const Convolution& c, const int64_t (&tiles)[2]) {
+  int64_t products = 1;
+  for (int d = 0; d < 2; ++d) {
+    int64_t points = 0;
+    for (int64_t tile = 0; tile < tiles[d]; ++tile) {
+      const int64_t outputs = tile_start(c.output[d + 1], tiles[d], tile + 1) -
+                              tile_start(c.output[d + 1], tiles[d], tile);
+      for (int weight = 0; weight < kWeightSide; ++weight)
+        points += Filter<S>::end(weight, int(outputs)) - Filter<S>::first(weight);
+    }
+    products *= points;
+  }
+  return products;
+}
+
 // The levels with so many weights alive that minimal filtering is faster.
-std::vector<uint8_t> dense_levels(const GridProduct& product) {
+std::vector<uint8_t> dense_levels(const GridProduct& product, const int64_t (&tiles)[2]) {
   const Convolution& c = product.convolution;
-  int64_t tiles[2];
-  winograd_tiles(c, tiles);
-  const double products = double(tiles[0] * tiles[1] * kPoints) /
-                          double(c.output[1] * c.output[2] * c.kernel[1] * c.kernel[2]);
+  const int64_t filtered =
+      c.stride[1] == 1 ? filtered_products<1>(c, tiles) : filtered_products<2>(c, tiles);
+  const double products =
+      double(filtered) / double(c.output[1] * c.output[2] * c.kernel[1] * c.kernel[2]);
   const PrefixRows& rows = product.rows;
   const int64_t cells = rows.blocks * rows.rows;
   std::vector<uint8_t> dense(product.num_levels);
@@ -172,8 +188,8 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   if (is_winograd(product) && fit >= kConvolutionChunk) {
     chunk = kConvolutionChunk;
     winograd_tiles(c, d.winograd.tiles);
-    d.winograd.levels = dense_levels(product);
-    d.winograd.step = kWinogradStep;
+    d.winograd.levels = dense_levels(product, d.winograd.tiles);
+    d.winograd.stride = int(c.stride[1]);
   }
   if (chunk > 1)
     d.packed = pack_layout(product, chunk);
@@ -219,12 +235,13 @@ int64_t GridPlan::scratch_bytes() const {
   if (!d.winograd.levels.empty()) {
     const Convolution& c = d.product.convolution;
     constexpr int64_t kMostRows = 8;  // of the dense product, to whose number rows are filled up
-    const int64_t lanes = d.winograd.step * d.packed.chunk;
+    const int64_t lanes = kFilteredTiles * d.packed.chunk;
     const int64_t rows = std::min(d.row_tile, d.product.rows.rows) + kMostRows;
     const int64_t channels = c.channels, image = c.input[1] * c.input[2] * d.packed.chunk;
-    const int64_t products = kPointRoom * kFilteredRows * lanes;
-    work = std::max(work, channels * image + kPoints * (rows * channels + kPointGap) +
-                              kPointRoom * channels * lanes +
+    const int64_t room = d.winograd.stride == 1 ? Filter<1>::kRoom : Filter<2>::kRoom;
+    const int64_t products = room * kFilteredRows * lanes;
+    work = std::max(work, channels * image + kWeightPoints * (rows * channels + kPointGap) +
+                              room * channels * lanes +
                               std::max(products, d.product.rows.row_size * kMostRows));
   }
   return (input + 16 + work) * size + 64;

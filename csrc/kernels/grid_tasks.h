@@ -24,8 +24,8 @@ struct PackedInput {
 
 // Which levels are computed by minimal filtering, and its tiles of the output.
 struct Winograd {
+  int stride;                   // 1 or 2
   int64_t tiles[2];             // down and across
-  int64_t step;                 // tiles that are held transformed
   std::vector<uint8_t> levels;  // [K], empty where none is
 };
 
@@ -43,12 +43,44 @@ struct GridDetails {
   int64_t lanes;        // lanes of one tile
 };
 
-constexpr int kOutputSide = 4;          // of a tile of outputs, in minimal filtering
-constexpr int kSide = kOutputSide + 2;  // of its inputs
-constexpr int64_t kPoints = kSide * kSide;
-constexpr int64_t kPointRoom = kPoints + 1;  // odd, so that a point's vectors share few sets
+constexpr int64_t kConvolutionChunk = 16;  // examples of a convolution that are packed together
+constexpr int64_t kSharedRows = 16;        // rows whose K outputs are held while an input is shared
+
+// Minimal filtering; what is held must leave room in the second-level cache.
+constexpr int kOutputSide = 4;  // of the largest tile of outputs
+constexpr int kWeightSide = 6;  // of the points at which weights are taken
+constexpr int64_t kWeightPoints = kWeightSide * kWeightSide;
 constexpr int64_t kPointGap = 16;  // elements that keep the points out of each other's cache lines
-constexpr int64_t kFilteredRows = 32;  // rows whose products are held, a multiple of kDenseRows
-constexpr int64_t kSharedRows = 16;    // rows whose K outputs are held while an input is shared
+constexpr int64_t kFilteredTiles = 2;  // tiles that are held transformed
+constexpr int64_t kFilteredRows = 16;  // rows whose products are held, a multiple of kDenseRows
+
+namespace {  // internal linkage: each instruction set compiles its own copy
+
+// The points of a tile at stride S, as many as its inputs. The first kLead share a weight: all odd
+// inputs meet the middle one.
+template <int S>
+struct Filter {
+  static constexpr int kLead = S == 1 ? 1 : kOutputSide;
+  static constexpr int kSide = kLead + kWeightSide - 1;
+  static_assert(kSide == (kOutputSide - 1) * S + 3);
+  static constexpr int64_t kPoints = kSide * kSide;
+  static constexpr int64_t kRoom = kPoints | 1;  // odd, so that a point's vectors share few sets
+
+  // The points [first, end) of a weight, in a dimension of so many outputs: each odd input is for
+  // one output, the last point for the fourth.
+  static constexpr int first(int weight) { return weight == 0 ? 0 : kLead + weight - 1; }
+  static constexpr int end(int weight, int outputs) {
+    if (weight == 0)
+      return kLead < outputs ? kLead : outputs;
+    return first(weight) + (weight + 1 < kWeightSide || outputs == kOutputSide);
+  }
+};
+
+// The first of `size` outputs that a tile has, in one dimension.
+inline int64_t tile_start(int64_t size, int64_t tiles, int64_t tile) {
+  return size * tile / tiles;
+}
+
+}  // namespace
 
 }  // namespace confprune
