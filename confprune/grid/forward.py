@@ -403,6 +403,7 @@ class _Probe(TorchFunctionMode):
         super().__init__()
         self._layers = layers
         self._largest = 1
+        self._by_fusion: list[tuple[Fusion, int]] = []  # and the size of what is on its way
         self._work = 0  # of the layer with the most operations
         self._rows = 0  # vectors it takes; 0 for a convolution
         self._watcher = Watcher(lambda value: id(value) in layers)
@@ -425,8 +426,15 @@ class _Probe(TorchFunctionMode):
         if self.met:  # before, all levels share their activations
             for leaf in tree_iter(result):
                 if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
-                    self._largest = max(self._largest, leaf.numel() * leaf.element_size())
+                    self._measure(leaf)
         return result
+
+    def _measure(self, activation: Tensor) -> None:
+        fusion = self._watcher.fusion_of(activation)
+        if fusion is None:
+            self._largest = max(self._largest, activation.nbytes)
+        else:
+            self._by_fusion.append((fusion, activation.nbytes))
 
     def fusions(self, outputs: Tensor) -> list[Fusion]:
         """What follows each call of a layer, `outputs` being what the model returned."""
@@ -437,7 +445,8 @@ class _Probe(TorchFunctionMode):
         """What one of `size` examples costs; `weight` is that of a masked weight."""
         rows = self._rows // size
         examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
-        return _Footprint(-(-self._largest // size), weight, examples)
+        written = [nbytes for fusion, nbytes in self._by_fusion if not fusion.chained]
+        return _Footprint(-(-max([self._largest, *written]) // size), weight, examples)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -23,12 +24,18 @@ from torch.utils._pytree import tree_map
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 from confprune.grid import on_cuda  # noqa: F401  (registers the grid operators for CUDA)
 from confprune.grid.attention import attention, multi_head_attention
-from confprune.grid.fusion import ADDITIONS, LAYER_CALLS, Fusion, Residual, fixed_batch_norm
+from confprune.grid.fusion import (
+    ADDITIONS,
+    LAYER_CALLS,
+    MOST_SHARED,
+    Fusion,
+    Residual,
+    fixed_batch_norm,
+)
 from confprune.grid.levels_at_once import depends_on_level, levels_at_once
 
 _BLOCK = 64  # columns whose inputs stay in the first-level cache
 _TAPS_BLOCK = 96  # the same where neighbouring columns of a convolution share inputs
-_MAX_BLOCK = 32767
 _MAX_POOL = 3  # side of the largest window that is pooled view by view
 
 
@@ -69,7 +76,7 @@ class Layer:
         block = _TAPS_BLOCK if weight[0, 0].numel() > 1 else _BLOCK
         weight, levels = weight.flatten(1), levels.flatten(1)
         if shared:
-            block = min(weight.shape[1], _MAX_BLOCK)
+            block = min(weight.shape[1], MOST_SHARED)
         rows = torch.ops.confprune.prefix_rows(weight, levels, self.num_levels, block)
         return list(rows), weight.shape[0], block
 
@@ -127,6 +134,8 @@ class GridMode(TorchFunctionMode):
         self._wanted = {fusion.residual for fusion in fusions}
         self._residuals: dict[Residual, Tensor] = {}
         self._done: dict[int, _Done] = {}  # outputs ahead of the model
+        self._chain: list[_Linear] = []  # that wait for the last of them
+        self._head = level  # the input of the first
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -171,10 +180,10 @@ class GridMode(TorchFunctionMode):
 
     def fused(self, y: Tensor) -> Tensor:
         """Note that `y` is already what the functions of the call's fusion make of it."""
-        functions = self._fusion.functions
+        functions, chained = self._fusion.functions, self._fusion.chained
         self._keep(Residual(self._layer, len(functions)), y)
-        if functions:
-            self._done[id(y)] = _Done(y, functions, self.residual)
+        if functions or chained:
+            self._done[id(y)] = _Done(y, functions, self.residual, chained)
         self._layer, self._fusion, self.residual = -1, Fusion(), None
         return y
 
@@ -185,6 +194,30 @@ class GridMode(TorchFunctionMode):
             return bias, None, self._fusion.relu
         shift = affine.shift if bias is None else affine.shift + affine.scale * bias
         return shift, affine.scale, self._fusion.relu
+
+    def linear(self, x: Tensor, layer: Layer, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        """The output of a linear layer, the call under way.
+
+        Of a chain of layers only the last gives outputs; what stands for those before has their
+        shape and nothing else.
+        """
+        first = not self._chain
+        if not first:
+            self.finish()  # unless `x` stands for the outputs of the last of them
+        shared = first and not depends_on_level(x)
+        step = _Linear(*layer.rows(shared=shared, transposed=transposed), *self.follow(bias))
+        if self._fusion.chained and (shared or not first):
+            self._head = x if first else self._head
+            self._chain.append(step)
+            return levels_at_once(step.stand_in, self.level, x)
+        # Sequences go on to normalisations over their features, which want these to be contiguous.
+        batch_minor = self.batch_minor and x.ndim == 2
+        if first:
+            multiply = functools.partial(step.multiply, batch_minor)
+            return levels_at_once(multiply, self.level, x)
+        chain, self._chain = [*self._chain, step], []
+        multiply = functools.partial(_multiply_chain, chain, batch_minor)
+        return levels_at_once(multiply, self.level, self._head)
 
     def finish(self) -> None:
         """Raise RuntimeError where an output was not used as the fusions took for granted."""
@@ -201,7 +234,9 @@ class GridMode(TorchFunctionMode):
                 if not done.is_next(func, args):
                     self.finish()
                 del self._done[id(tensor)]
-                if len(done.functions) > 1:
+                if not done.functions:
+                    return None
+                if len(done.functions) > 1 or done.chained:
                     self._done[id(tensor)] = done._replace(functions=done.functions[1:])
                 return tensor
         return None
@@ -222,19 +257,64 @@ class GridMode(TorchFunctionMode):
 
 
 class _Done(NamedTuple):
-    """An output that is ahead of the model by some functions, one of which may add a residual."""
+    """An output that is ahead of the model by some functions, one of which may add a residual.
+
+    A linear layer takes it after that, if it is `chained`.
+    """
 
     output: Tensor
     functions: Sequence[Any]
     residual: Tensor | None
+    chained: bool
 
     def is_next(self, func: Any, args: Any) -> bool:
-        """Whether this call is the first of the functions."""
-        if func is not self.functions[0]:
+        """Whether this call is the first of the functions, or that of the linear layer."""
+        if func is not (self.functions[0] if self.functions else F.linear):
             return False
         if func in ADDITIONS:
             return any(a is self.output and b is self.residual for a, b in (args, args[::-1]))
         return args[0] is self.output
+
+
+class _Linear(NamedTuple):
+    """A linear layer and what follows it, as the grid operators take them."""
+
+    rows: list[Tensor]
+    outputs: int
+    block: int
+    shift: Tensor | None
+    scale: Tensor | None
+    relu: bool
+
+    def multiply(self, batch_minor: bool, level: Tensor, x: Tensor) -> Tensor:
+        """Outputs [K, ..., outputs] of inputs [1 or K, ..., in]."""
+        y = torch.ops.confprune.grid_linear(
+            x.reshape(len(x), -1, x.shape[-1]),
+            self.shift,
+            level,
+            self.rows,
+            self.outputs,
+            self.block,
+            batch_minor,
+            self.scale,
+            self.relu,
+        )
+        return y.reshape(len(level), *x.shape[1:-1], self.outputs)  # type: ignore[no-any-return]
+
+    def stand_in(self, level: Tensor, x: Tensor) -> Tensor:
+        """Something of the shape of the outputs."""
+        return x.new_empty(()).expand(len(level), x.shape[1], self.outputs)
+
+
+def _multiply_chain(
+    layers: Sequence[_Linear], batch_minor: bool, level: Tensor, x: Tensor
+) -> Tensor:
+    """Outputs [K, N, outputs] of linear layers that follow each other, from x [1, N, in]."""
+    rows, outputs, blocks, shifts, scales, relus = zip(*layers, strict=True)
+    y = torch.ops.confprune.grid_mlp(
+        x, level, list(itertools.chain(*rows)), outputs, blocks, shifts, scales, relus
+    )
+    return y if batch_minor else y.contiguous()  # type: ignore[no-any-return]
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -266,26 +346,7 @@ def _matrix_product(
     layer = mode.layer(weight, x)
     if layer is None or weight.ndim != 2 or (bias is not None and id(bias) in mode.layers):
         return NotImplemented
-    rows, outputs, block = layer.rows(shared=not depends_on_level(x), transposed=transposed)
-    # Sequences go on to normalisations over their features, which want these to be contiguous.
-    batch_minor = mode.batch_minor and x.ndim == 2
-    shift, scale, relu = mode.follow(bias)
-
-    def multiply(level: Tensor, x: Tensor) -> Tensor:
-        y = torch.ops.confprune.grid_linear(
-            x.reshape(len(x), -1, x.shape[-1]),
-            shift,
-            level,
-            rows,
-            outputs,
-            block,
-            batch_minor,
-            scale,
-            relu,
-        )
-        return y.reshape(len(level), *x.shape[1:-1], outputs)  # type: ignore[no-any-return]
-
-    return mode.fused(levels_at_once(multiply, mode.level, x))
+    return mode.fused(mode.linear(x, layer, bias, transposed=transposed))
 
 
 def _conv(dimensions: int) -> Callable[..., Any]:

@@ -43,6 +43,14 @@ struct GridDetails {
   int64_t lanes;        // lanes of one tile
 };
 
+// Linear layers, each of which takes the outputs of the one before.
+struct MlpDetails {
+  std::vector<GridDetails> layers;
+  int64_t parts;   // chunks of the batch
+  int64_t widest;  // rows of a layer
+  int64_t group;   // levels of the first layer's outputs that are held together
+};
+
 constexpr int kOutputSide = 4;          // of a tile of outputs, in minimal filtering
 constexpr int kSide = kOutputSide + 2;  // of its inputs
 constexpr int64_t kPoints = kSide * kSide;
