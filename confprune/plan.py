@@ -129,13 +129,13 @@ def report(simulation: Simulation, risks: FloatArray, alpha: float, delta: float
     >>> grid, risks = curve([(0.0, 0.0), (0.8, 0.2)], [0.0, 0.2, 0.4, 0.6, 0.8])
     >>> print(report(confprune.simulate(grid, risks, 0.07, 0.1, n=500), risks, 0.07, 0.1))
     with 500 examples
-      expected certified sparsity     0.131
+      expected certified sparsity     0.121
       certified with probability 0.9  0.000
-      losses to evaluate              100.0% of examples x levels
+      losses to evaluate              26.0% of examples x levels
     <BLANKLINE>
       sparsity    risk  certified with probability
          0.000  0.0000                       1.000
-         0.200  0.0500                       0.655
+         0.200  0.0500                       0.605
          0.400  0.1000                       0.000
     """
     lines = [repr(simulation), "", "  sparsity    risk  certified with probability"]

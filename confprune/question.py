@@ -19,6 +19,7 @@ from confprune.risk.bounds import required_n
 from confprune.risk.inputs import check_probability
 from confprune.risk.looks import LookPlan, default_looks
 from confprune.risk.pvalues import PVALUES
+from confprune.risk.sequential import looks_possible
 from confprune.risk.testing import Procedure
 from confprune.risks import Groups, Risk, Target, resolve_targets
 
@@ -149,9 +150,7 @@ class Question:
         """Whether to look early at n examples (None: not known) in random order."""
         if self.looks != "auto":
             return self.looks is not None
-        asymptotic = self.pvalue in PVALUES and PVALUES[self.pvalue].asymptotic
-        sequential = self.procedure.chain or self.procedure.bonferroni_start
-        return n is not None and random and sequential and not asymptotic
+        return n is not None and random and looks_possible(self.procedure, self.pvalue)
 
     def plan(self, n: int | None, targets: Sequence[Target]) -> LookPlan:
         """The looks at n examples."""

@@ -17,7 +17,7 @@ from confprune.risk.bounds import required_n
 from confprune.risk.inputs import FloatArray, check_losses, check_probability, losses_are_binary
 from confprune.risk.looks import default_looks
 from confprune.risk.pvalues import PValue, resolve_pvalue
-from confprune.risk.sequential import RiskTarget, SequentialTest
+from confprune.risk.sequential import RiskTarget, SequentialTest, looks_possible
 from confprune.risk.testing import BoolArray, Procedure, resolve_procedure
 
 POWER = 0.9
@@ -81,7 +81,7 @@ def simulate(
     *,
     pvalue: str = "auto",
     procedure: str = "fixed_sequence",
-    looks: bool = False,
+    looks: str | None = "auto",
     draws: int = 200,
     seed: int = 0,
     wished: float | None = None,
@@ -107,8 +107,9 @@ def simulate(
     procedure : str
         A procedure that needs nothing but p-values: ``"fixed_sequence"``, ``"bonferroni"``,
         ``"holm"``.
-    looks : bool
-        Whether to test with early looks, as planned by `default_looks`.
+    looks : "auto" or None
+        As for `confprune.calibrate`: early looks, where the procedure and the p-value allow them,
+        or one test on all examples.
     draws : int
         Number of calibrations simulated.
     seed : int
@@ -128,12 +129,12 @@ def simulate(
     Examples
     --------
     >>> sparsities = np.linspace(0, 0.9, 10)
-    >>> simulate(sparsities, 0.1 * sparsities**2, alpha=0.05, delta=0.1, n=1000, wished=0.6)
+    >>> simulate(sparsities, 0.1 * sparsities**2, 0.05, 0.1, n=1000, wished=0.6, draws=100)
     with 1000 examples
-      expected certified sparsity     0.588
+      expected certified sparsity     0.582
       certified with probability 0.9  0.500
-      losses to evaluate              100.0% of examples x levels
-      for sparsity 0.600              1417 examples
+      losses to evaluate              25.7% of examples x levels
+      for sparsity 0.600              1620 examples
     """
     alpha = check_probability("alpha", alpha)
     delta = check_probability("delta", delta)
@@ -141,6 +142,8 @@ def simulate(
         raise ValueError(f"n and draws must be at least 1, got n={n}, draws={draws}")
     if wished is not None and not 0 <= wished < 1:
         raise ValueError(f"wished must be a sparsity in [0, 1), got {wished}")
+    if looks not in ("auto", None):
+        raise ValueError(f"looks must be 'auto' or None, got {looks!r}")
     grid = np.asarray(sparsities, dtype=np.float64)
     source = _Source(risks_or_losses)
     if grid.ndim != 1 or source.levels != len(grid):
@@ -154,13 +157,14 @@ def simulate(
             f"procedure={procedure!r} needs {', '.join(test.needs)}, which cannot be simulated; "
             "choose 'fixed_sequence', 'bonferroni' or 'holm'"
         )
-    if pvalue == "auto" and looks and not source.binary:
+    early = looks == "auto" and looks_possible(test, pvalue)
+    if pvalue == "auto" and early and not source.binary:
         pvalue = "betting"
     kind = resolve_pvalue(pvalue, source.binary)
 
     def run(size: int) -> tuple[BoolArray, float]:
         rng = np.random.default_rng(seed)
-        if looks:
+        if early:
             return _with_looks(source, kind, test, alpha, delta, size, draws, rng)
         return _at_once(source, kind, test, alpha, delta, size, draws, rng), 1.0
 
