@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
+from confprune.loaders import loaded_count, reordered, visits_each_once, why_dependent
 from confprune.losses import Reference
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -100,6 +101,23 @@ def check_data(data: Any, batch_size: int | None) -> None:
         raise ValueError("data is empty: it has no examples")
 
 
+def check_independent(data: Any) -> None:
+    """Raise ValueError for data that is known not to be independent examples.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import check_independent
+    >>> check_independent(torch.zeros(7, 3))
+    """
+    why = why_dependent(data) if isinstance(data, DataLoader) else None
+    if why is not None:
+        raise ValueError(
+            f"data must be independent examples, each counted once, but {why}: a certificate would "
+            "not hold. Give the Dataset itself, or a DataLoader of it without that sampler"
+        )
+
+
 def is_batched(data: Any) -> bool:
     """Whether `data` comes in batches already, so that their size is not ours to choose.
 
@@ -126,11 +144,7 @@ def example_count(data: Any) -> int | None:
     if _is_whole(data):
         return batch_length(data)
     if isinstance(data, DataLoader):
-        if data.batch_size is None or not isinstance(data.dataset, Sized):
-            return None
-        if data.drop_last:
-            return len(data) * data.batch_size
-        return len(data.sampler) if isinstance(data.sampler, Sized) else len(data.dataset)
+        return loaded_count(data)
     if isinstance(data, Dataset) and isinstance(data, Sized):
         return len(data)
     if isinstance(data, Sequence):
@@ -151,13 +165,7 @@ def permutable(data: Any) -> bool:
     (True, False)
     """
     if isinstance(data, DataLoader):
-        sampler = data.sampler
-        once = isinstance(sampler, SequentialSampler) or (
-            isinstance(sampler, RandomSampler)
-            and not sampler.replacement
-            and sampler.num_samples == len(sampler.data_source)
-        )
-        return once and type(data.batch_sampler) is BatchSampler and permutable(data.dataset)
+        return visits_each_once(data) and permutable(data.dataset)
     if _is_whole(data):
         return True
     return isinstance(data, Dataset) and isinstance(data, Sized) and hasattr(data, "__getitem__")
@@ -311,27 +319,11 @@ def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
             return (slice_batch(data, begin, begin + batch_size) for begin in starts)
         return (take(data, order[begin : begin + batch_size]) for begin in starts)
     if isinstance(data, DataLoader) and order is not None:
-        return _reordered(data, order)
+        return reordered(data, order)
     if isinstance(data, Dataset):
         sampler = None if order is None else order.tolist()
         return DataLoader(data, batch_size=batch_size, sampler=sampler)
     return data  # type: ignore[no-any-return]
-
-
-def _reordered(loader: DataLoader[Any], order: Tensor) -> DataLoader[Any]:
-    """A loader like this one that goes through its dataset in the given order."""
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=order.tolist(),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
 
 
 def _is_whole(data: Any) -> bool:

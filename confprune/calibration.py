@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.batches import Forward, check_data
+from confprune.batches import Forward, check_data, check_independent
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
@@ -100,6 +100,7 @@ def loss_matrix(
         )
     resolved = resolve_loss(loss)
     check_data(data, batch_size)
+    check_independent(data)
     grid = GridForward(
         model, levels, [resolved], forward=forward, activation_bytes=activation_bytes
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from confprune.batches import (
+    check_independent,
     example_count,
     order_length,
     ordering_size,
@@ -82,6 +83,7 @@ class Question:
             self._check_plain(ways)
         if isinstance(self.looks, LookPlan):
             self._check_plan(self.looks, data, ways)
+        check_independent(data)
         self._check_order(data, targets, ways)
         count = self._count(data)
         if count is not None:

@@ -17,15 +17,18 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
+import confprune
 from confprune.batches import (
     batch_length,
     batches,
     call,
     check_data,
+    check_independent,
     describe,
     example_count,
     move_batch,
@@ -74,6 +77,9 @@ DATA: dict[str, Any] = {
     "list as dataset": lambda: [(X[:4], Y[:4]), (X[4:], Y[4:])],
     "stream": Stream,
     "loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=3),
+    "loader by a batch sampler": lambda: DataLoader(
+        TensorDataset(X, Y), batch_sampler=BatchSampler(SequentialSampler(X), 3, drop_last=False)
+    ),
     "loader of a stream": lambda: DataLoader(Stream(), batch_size=3),
     "list": lambda: [X[:3], X[3:]],
     "tuple of batches": lambda: ((X[:3], Y[:3]), (X[3:], Y[3:])),
@@ -116,10 +122,15 @@ def test_the_number_of_examples_of_a_loader_is_that_of_its_sampler():
     assert example_count(DataLoader(dataset, batch_size=2, drop_last=True)) == 6
     weighted = WeightedRandomSampler(torch.ones(7), 4)
     assert example_count(DataLoader(dataset, batch_size=2, sampler=weighted)) == 4
-    by_batches = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
-    loader = DataLoader(dataset, batch_sampler=by_batches)
+    part = SubsetRandomSampler([4, 0, 2])
+    for drop_last, count in [(False, 3), (True, 2)]:
+        by_batches = BatchSampler(part, 2, drop_last=drop_last)
+        loader = DataLoader(dataset, batch_sampler=by_batches)
+        assert example_count(loader) == count
+        assert sum(batch_length(batch) for batch in batches(loader)) == count
+    loader = DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]])
     assert example_count(loader) is None
-    assert len(list(batches(loader))) == 4
+    assert len(list(batches(loader))) == 2
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "dataset", "stream", "subset"])
@@ -223,7 +234,17 @@ def test_a_batch_is_moved_in_its_own_structure():
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensor", "tuple", "mapping", "named tuple", "dataset", "subset", "loader"]
+    "kind",
+    [
+        "tensor",
+        "tuple",
+        "mapping",
+        "named tuple",
+        "dataset",
+        "subset",
+        "loader",
+        "loader by a batch sampler",
+    ],
 )
 def test_data_that_can_be_permuted_comes_in_the_order_asked_for(kind):
     data = DATA[kind]()
@@ -257,6 +278,35 @@ def test_a_loader_is_permuted_only_where_it_visits_every_example_once():
     own = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
     assert permutable(DataLoader(dataset, batch_sampler=own))
     assert not permutable(DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]]))
+    part = BatchSampler(SubsetRandomSampler([0, 2, 4]), 2, drop_last=False)
+    assert not permutable(DataLoader(dataset, batch_sampler=part))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "why"),
+    [
+        (RandomSampler(X, replacement=True), r"RandomSampler\(replacement=True\) gives the same"),
+        (RandomSampler(X, num_samples=50), r"RandomSampler\(num_samples=50\) repeats 7 examples"),
+        (WeightedRandomSampler(torch.ones(7), 7), "WeightedRandomSampler prefers some"),
+        (WeightedRandomSampler(torch.ones(7), 4, replacement=False), "WeightedRandomSampler"),
+    ],
+)
+@pytest.mark.parametrize("by", ["sampler", "batch_sampler"])
+def test_samplers_that_repeat_or_prefer_examples_do_not_calibrate(sampler, why, by):
+    given = sampler if by == "sampler" else BatchSampler(sampler, 2, drop_last=False)
+    loader = DataLoader(TensorDataset(X), **{by: given})
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"data must be independent .*{why}.* without that sampl"):
+        confprune.calibrate(
+            model, loader, loss="disagreement", alpha=0.5, delta=0.5, progress=False
+        )
+    with pytest.raises(ValueError, match=why):
+        confprune.loss_matrix(model, loader, confprune.prune_levels(model, [0.5]), "disagreement")
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler(X, num_samples=3), SubsetRandomSampler([1, 5])])
+def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
+    check_independent(DataLoader(TensorDataset(X), sampler=sampler))
 
 
 def test_labels_are_found_where_they_usually_are():
