@@ -534,7 +534,45 @@ class TestOnnx:
             export_onnx(network(), torch.randn(2, 3, 8), tmp_path / "model.onnx")
 
 
-def test_what_is_no_certificate_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.load"):
-        save_sparse(nn.Linear(2, 2), tmp_path / "small.safetensors", "certificate.json")
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("save", [save_sparse, confprune.checkpoint.save])
+class TestCertificatesOfOtherNetworks:
+    """Neither file takes the promise of a network that it does not hold."""
+
+    def test_what_is_no_certificate_is_refused(self, tmp_path, save):
+        with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.loa"):
+            save(nn.Linear(2, 2), tmp_path / "small.safetensors", "certificate.json")
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda certified: nn.Linear(2, 2), r"parameter '0.weight' is missing"),
+            (lambda certified: pruned(network(5)), r"parameter '3.weight' has shape \[5, 256\]"),
+            (lambda certified: certified.prune(network()).half(), "'0.weight' has dtype float16"),
+            (lambda certified: network(), "0 of 1,312 weights are zero"),
+        ],
+    )
+    def test_another_network_is_refused(self, tmp_path, against_full, save, make, message):
+        with pytest.raises(ValueError, match=f"is for another network: .*{message}"):
+            save(make(against_full), tmp_path / "small.safetensors", against_full)
+        assert os.listdir(tmp_path) == []
+
+    def test_where_nothing_was_certified_the_network_is_whole(self, tmp_path, labelled, save):
+        nothing = confprune.calibrate(
+            network(),
+            labelled[0],
+            loss="cosine",
+            alpha=1e-2,
+            delta=0.1,
+            progress=False,
+            sparsities=[0.9, 0.95],
+            looks=None,
+        )
+        assert not nothing.certified
+        save(network(), tmp_path / "small.safetensors", nothing)
+        with pytest.raises(ValueError, match="is for another network"):
+            save(network(5), tmp_path / "small.safetensors", nothing)
+
+    def test_a_certificate_of_bare_losses_fits_any_network(self, tmp_path, save):
+        bare = confprune.calibrate_losses(np.zeros((99, 1)), [0.5], alpha=0.05, delta=0.1)
+        save(network(), tmp_path / "small.safetensors", bare)

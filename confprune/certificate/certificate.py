@@ -16,7 +16,7 @@ from torch import nn
 
 from confprune.certificate import file as certificate_file
 from confprune.certificate.consistency import check_consistent, is_of
-from confprune.certificate.deployed import why_another
+from confprune.certificate.deployed import check_deployed
 from confprune.certificate.evidence import (
     Looks,
     Part,
@@ -386,9 +386,7 @@ class Certificate:
         if deployed and self.certified:
             self._pruning_for("verify")
             pruned = None if full is None else self._pruned(full, self.sparsity, statistics)
-            differs = why_another(self, model, pruned)
-            if differs is not None:
-                raise ValueError(f"the certificate is for another network: {differs}")
+            check_deployed(self, model, pruned)
         return verify(
             self,
             original,

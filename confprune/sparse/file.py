@@ -52,6 +52,13 @@ def save_sparse(
     certificate : Certificate, optional
         What the network was pruned by; `load_certificate` reads it from the file.
 
+    Raises
+    ------
+    TypeError
+        If `certificate` is none, but the path of one, say.
+    ValueError
+        If it cannot be this network's: a name, shape or type differs, or too few weights are zero.
+
     Examples
     --------
     >>> import tempfile, torch, confprune
@@ -65,7 +72,10 @@ def save_sparse(
     True
     """
     if certificate is not None:
+        from confprune.certificate.deployed import check_deployed
+
         check_certificate(certificate)
+        check_deployed(certificate, model)
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)
