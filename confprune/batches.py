@@ -1,4 +1,4 @@
-"""Calibration data as a stream of batches, and how a model is called on one.
+"""Calibration data as a stream of batches, and what can be done with a batch of any structure.
 
 Data is a ``Dataset``, a ``DataLoader``, tensors (one, a tuple or a mapping of them: all examples at
 once), or an iterable of batches. A batch is ``(inputs, targets)``, inputs alone, or a mapping whose
@@ -8,23 +8,19 @@ labels stand under "labels" or "label", as Hugging Face has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader, Dataset
 
 from confprune.loaders import loaded_count, reordered, visits_each_once, why_dependent
-from confprune.losses import Reference
-
-Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 DEFAULT_BATCH_SIZE = 256
 _IN_MEMORY_EXAMPLES = 16384
 _IN_MEMORY_BYTES = 64 << 20
-_LABELS = ("labels", "label")
 
 
 def batches(data: Any, batch_size: int | None = None, order: Tensor | None = None) -> Iterator[Any]:
@@ -205,7 +201,7 @@ def ordering_size(n: int) -> int:
 
 def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
         arrays = any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch))
         way_out = ": make it tensors with torch.from_numpy" if arrays else ""
@@ -244,48 +240,6 @@ def copy_batch(batch: Any) -> Any:
     return _mapped(batch, Tensor.clone)
 
 
-def targets_of(batch: Any) -> Tensor | None:
-    """The labels of a batch, if it has any."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in _LABELS if key in batch), None)
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[1]
-    return None
-
-
-def padding_mask_of(batch: Any) -> Tensor | None:
-    """True at the positions of sequences that are not padding, if the batch says."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        mask = batch["attention_mask"]
-        return mask.bool() if mask.ndim == 2 else None
-    return None
-
-
-def reference_of(outputs: Tensor, batch: Any) -> Reference:
-    """What pruned outputs on a batch are compared with: the full network's, labels and padding."""
-    return Reference(outputs, targets_of(batch), padding_mask_of(batch))
-
-
-def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
-    """The model's outputs on a batch, as a tensor [B, ...].
-
-    Without `forward`, inputs go to the model as its argument, a tuple of inputs as its arguments, a
-    mapping less its labels as its keywords; of a Hugging Face output the logits are taken, or else
-    the last hidden state.
-    """
-    outputs = forward(model, batch) if forward is not None else _default_forward(model, batch)
-    if isinstance(outputs, Mapping):
-        for key in ("logits", "last_hidden_state"):
-            if isinstance(outputs.get(key), Tensor):
-                return outputs[key]  # type: ignore[no-any-return]
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model's output is a {type(outputs).__name__}, not a tensor [B, ...]; pass "
-            "forward=lambda model, batch: ... that returns the tensor the loss takes"
-        )
-    return outputs
-
-
 def describe(batch: Any) -> str:
     """The structure of a batch in words, for messages."""
     if isinstance(batch, Tensor):
@@ -295,21 +249,6 @@ def describe(batch: Any) -> str:
     if isinstance(batch, tuple | list):
         return "(" + ", ".join(describe(value) for value in batch) + ")"
     return f"a {type(batch).__name__}"
-
-
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key not in _LABELS})
-    if isinstance(batch, tuple | list):
-        if len(batch) not in (1, 2):
-            raise ValueError(
-                f"a batch must be (inputs, targets), inputs alone or a mapping; got {len(batch)} "
-                "values: pass forward=lambda model, batch: ... that calls the model"
-            )
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
@@ -351,12 +290,13 @@ def _like(batch: Any, values: list[Any]) -> Any:
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in its order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(batch, tuple | list):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.batches import Forward, check_data, check_independent
+from confprune.batches import check_data, check_independent
+from confprune.calling import Forward, check_forward
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
@@ -101,6 +102,8 @@ def loss_matrix(
     resolved = resolve_loss(loss)
     check_data(data, batch_size)
     check_independent(data)
+    check_forward(forward)
+    _check_budget(activation_bytes)
     grid = GridForward(
         model, levels, [resolved], forward=forward, activation_bytes=activation_bytes
     )
@@ -329,6 +332,8 @@ def calibrate(
         resolved = resolve_risks(loss, alpha, risks, pvalue)
         grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
         check_data(data, batch_size)
+        check_forward(forward)
+        _check_budget(activation_bytes)
         ways = resolve_ways(criterion, scope, pattern)
         scoring = plan_scoring([way.criterion for way in ways], data, score_data, statistics)
         question = Question(
@@ -360,6 +365,19 @@ def calibrate(
         return certify(
             question, where, data, levels, activation_bytes=activation_bytes, ranks=ranks, **reading
         )
+
+
+def _check_budget(activation_bytes: object) -> None:
+    """Raise for what is no number of bytes; None is fine."""
+    if activation_bytes is None:
+        return
+    if not isinstance(activation_bytes, int | np.integer):
+        raise TypeError(
+            "activation_bytes must be a whole number of bytes, such as 1 << 30, got "
+            f"{activation_bytes!r}"
+        )
+    if activation_bytes < 1:
+        raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
 
 
 def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:

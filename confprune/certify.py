@@ -15,14 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from confprune.agreement import check_agreement
-from confprune.batches import (
-    Forward,
-    batches,
-    example_count,
-    ordering_size,
-    permutable,
-    random_order,
-)
+from confprune.batches import batches, example_count, ordering_size, permutable, random_order
+from confprune.calling import Forward
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData, binding_part
 from confprune.certificate.fingerprint import fingerprint

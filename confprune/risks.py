@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from confprune.batches import batch_length, targets_of
+from confprune.batches import batch_length
+from confprune.calling import targets_of
 from confprune.losses import Loss, LossLike, Reference, resolve_loss
 from confprune.risk.inputs import check_probability
 from confprune.risk.pvalues import resolve_pvalue

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from confprune.batches import (
-    Forward,
     check_data,
     example_count,
     is_batched,
@@ -22,6 +21,7 @@ from confprune.batches import (
     permutable,
     random_order,
 )
+from confprune.calling import Forward
 from confprune.certificate.evidence import ScoreData
 from confprune.criteria import Criterion, Statistics
 from confprune.input_norms import input_norms

@@ -1,4 +1,4 @@
-"""Calibration data in every form people have it, and how a model is called on a batch."""
+"""Calibration data in every form people have it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,17 @@ import confprune
 from confprune.batches import (
     batch_length,
     batches,
-    call,
     check_data,
     check_independent,
     describe,
     example_count,
     move_batch,
     order_length,
-    padding_mask_of,
     permutable,
     slice_batch,
     take,
-    targets_of,
 )
+from confprune.calling import targets_of
 
 X = torch.arange(14.0).reshape(7, 2)
 Y = torch.arange(7)
@@ -307,68 +305,6 @@ def test_samplers_that_repeat_or_prefer_examples_do_not_calibrate(sampler, why, 
 @pytest.mark.parametrize("sampler", [RandomSampler(X, num_samples=3), SubsetRandomSampler([1, 5])])
 def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
     check_independent(DataLoader(TensorDataset(X), sampler=sampler))
-
-
-def test_labels_are_found_where_they_usually_are():
-    assert targets_of({"x": X, "label": Y}) is Y
-    assert targets_of({"x": X, "labels": Y, "label": X}) is Y
-    assert targets_of({"x": X}) is None
-    assert targets_of((X, Y)) is Y
-    assert targets_of([X, Y]) is Y
-    assert targets_of((X,)) is None
-    assert targets_of((X, "text")) is None
-    assert targets_of(X) is None
-
-
-def test_padding_is_what_the_attention_mask_leaves_out():
-    mask = torch.tensor([[1, 1, 0]])
-    assert padding_mask_of({"attention_mask": mask}).tolist() == [[True, True, False]]
-    assert padding_mask_of({"attention_mask": mask[None]}) is None
-    assert padding_mask_of({"x": X}) is None
-    assert padding_mask_of((X, Y)) is None
-
-
-class Recorder(nn.Module):
-    """Keeps what it was called with."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.called = (args, kwargs)
-        return X
-
-
-@pytest.mark.parametrize(
-    ("batch", "args", "kwargs"),
-    [
-        (X, (X,), {}),
-        ((X, Y), (X,), {}),
-        ([X, Y], (X,), {}),
-        ((X,), (X,), {}),
-        (((X, Y), Y), (X, Y), {}),
-        ({"x": X, "labels": Y}, (), {"x": X}),
-        ({"x": X, "label": Y}, (), {"x": X}),
-        (({"x": X, "z": Y}, Y), (), {"x": X, "z": Y}),
-    ],
-)
-def test_the_model_is_called_with_the_inputs_alone(batch, args, kwargs):
-    model = Recorder()
-    assert call(model, batch, None) is X
-    assert all(a is b for a, b in zip(model.called[0], args, strict=True))
-    assert model.called[1].keys() == kwargs.keys()
-    assert all(value is kwargs[key] for key, value in model.called[1].items())
-
-
-def test_a_batch_of_three_needs_to_be_told_how():
-    with pytest.raises(ValueError, match=r"got 3 values: pass forward=lambda model, batch"):
-        call(Recorder(), (X, X, Y), None)
-    assert call(Recorder(), (X, X, Y), lambda model, batch: model(batch[0])) is X
-
-
-def test_the_scores_of_a_hugging_face_output_are_taken():
-    forward = lambda model, batch: batch  # noqa: E731
-    assert call(Recorder(), {"loss": 1, "logits": X, "last_hidden_state": Y}, forward) is X
-    assert call(Recorder(), {"last_hidden_state": X, "pooler_output": Y}, forward) is X
-    with pytest.raises(TypeError, match="output is a dict, not a tensor"):
-        call(Recorder(), {"hidden": X}, forward)
 
 
 def test_batches_are_described_in_words():

@@ -235,6 +235,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "batch size": ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     "device": ({"device": "foo"}, "device must be one that torch knows, .* got 'foo'"),
     "budget": ({"activation_bytes": 0}, "activation_bytes must be positive, got 0"),
+    "text budget": (
+        {"activation_bytes": "1G"},
+        "activation_bytes must be a whole number of bytes, such as 1 << 30, got '1G'",
+    ),
+    "fractional budget": ({"activation_bytes": 1e9}, "whole number of bytes, .*, got 1000000000.0"),
+    "forward": ({"forward": 3}, "forward must be a callable .* got 3"),
     "too few": (
         {"alpha": 0.001},
         r"600 examples cannot .* alpha=0.001, .* at least 2302 are needed",

@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from confprune.batches import (
-    Forward,
-    batch_length,
-    call,
-    copy_batch,
-    reference_of,
-    slice_batch,
-)
+from confprune.batches import batch_length, copy_batch, slice_batch
+from confprune.calling import Forward, call, reference_of
 from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.mode import METADATA, GridMode, Layer
 from confprune.grid.workers import Workers
@@ -92,8 +86,6 @@ class GridForward:
     ) -> None:
         levels.check_model(model)
         check_kernels(parameter.device for parameter in model.parameters())
-        if activation_bytes is not None and activation_bytes < 1:
-            raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
