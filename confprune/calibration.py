@@ -27,8 +27,8 @@ from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
 from confprune.risk.looks import LookPlan
+from confprune.risk.procedures import resolve_procedure
 from confprune.risk.pvalues import resolve_pvalue
-from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
 from confprune.scoring import plan_scoring
 from confprune.ways import resolve_ways
@@ -349,7 +349,7 @@ def calibrate(
             seed=seed,
             score_data=scoring.record,
         )
-        question.check(data, len(ways))
+        question.check(data, len(ways), len(grid))
         where = model if device is None else _on_device(model, device)
         check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {

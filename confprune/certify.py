@@ -30,7 +30,8 @@ from confprune.question import Question
 from confprune.risk.control import conformal_risk_control, monotonise, rcps
 from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
-from confprune.risk.testing import pareto_order, resolve_procedure
+from confprune.risk.procedures import resolve_procedure
+from confprune.risk.testing import pareto_order
 from confprune.risks import Target, group_labels, resolve_targets
 from confprune.sharding import is_sharded
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from confprune.batches import (
     check_independent,
     example_count,
@@ -19,9 +21,9 @@ from confprune.losses import Loss
 from confprune.risk.bounds import required_n
 from confprune.risk.inputs import check_probability
 from confprune.risk.looks import LookPlan, default_looks
+from confprune.risk.procedures import Procedure
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.sequential import looks_possible
-from confprune.risk.testing import Procedure
 from confprune.risks import Groups, Risk, Target, resolve_targets
 
 GUARANTEES = ("risk", "expectation", "monotone")
@@ -63,8 +65,11 @@ class Question:
         losses = [risk.loss for risk in self.risks]
         return losses if self.accept is None else [*losses, self.accept]
 
-    def check(self, data: Any, ways: int) -> None:
-        """Raise ValueError for settings that contradict each other or the data."""
+    def check(self, data: Any, ways: int, levels: int) -> None:
+        """Raise ValueError for settings that contradict each other or the data.
+
+        `levels` of each of so many `ways` of pruning are the candidates.
+        """
         for name, value, valid in (
             ("guarantee", self.guarantee, GUARANTEES),
             ("order", self.order, ORDERS),
@@ -81,6 +86,9 @@ class Question:
         targets = resolve_targets(self.risks, None, self.pvalue, early=False)
         if self.guarantee != "risk":
             self._check_plain(ways)
+        elif not needs:
+            # A procedure of the caller's own that does not do is found out before the work.
+            self.procedure.test(np.ones(ways * levels), self.delta)
         if isinstance(self.looks, LookPlan):
             self._check_plan(self.looks, data, ways)
         check_independent(data)
@@ -117,6 +125,12 @@ class Question:
                 )
 
     def _check_plan(self, plan: LookPlan, data: Any, ways: int) -> None:
+        if not looks_possible(self.procedure, self.pvalue):
+            raise ValueError(
+                f"looks cannot be taken with procedure {self.procedure.name!r} and pvalue "
+                f"{self.pvalue!r}: pass looks=None, or a procedure and a p-value by name that "
+                "can be tested early"
+            )
         if abs(plan.delta - self.delta) > 1e-12:
             raise ValueError(
                 f"looks were planned for delta={plan.delta:g}, but delta={self.delta:g}; plan them "

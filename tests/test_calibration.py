@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import confprune
-from confprune import Loss, calibrate, calibrate_losses, loss_matrix, prune_levels
+from confprune import (
+    LookPlan,
+    Loss,
+    calibrate,
+    calibrate_losses,
+    loss_matrix,
+    prune_levels,
+)
+from confprune.risk.testing import fixed_sequence, graphical
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"alpha": 0.1, "delta": 0.1, "progress": False}
@@ -217,6 +226,30 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "accuracy"}, "unknown loss 'accuracy': use 'disagreement', 'error'"),
     "pvalue": ({"pvalue": "exact"}, "pvalue .*'exact'.*hoeffding"),
     "procedure": ({"procedure": "sidak"}, "procedure .*'sidak'.*fixed_sequence"),
+    "scalar procedure": (
+        {"procedure": lambda pvalues, delta: 0.5},
+        r"procedure '<lambda>' must return which of the 100 levels .* got float",
+    ),
+    "p-values for a procedure": ({"procedure": lambda p, delta: p}, r"must return .* got float64"),
+    "graph of another grid": (
+        {
+            "procedure": functools.partial(
+                graphical, weights=[1.0, 0.0], transitions=[[0.0, 1.0], [0.0, 0.0]]
+            )
+        },
+        "weights must be 100 non-negative numbers",
+    ),
+    "looks of an own procedure": (
+        {
+            "procedure": functools.partial(fixed_sequence, starts=[0, 50]),
+            "looks": LookPlan((600,), (0.1,), 0.1),
+        },
+        "looks cannot be taken with procedure 'fixed_sequence' and pvalue 'auto'",
+    ),
+    "asymptotic looks": (
+        {"pvalue": "clt", "looks": LookPlan((600,), (0.1,), 0.1)},
+        "looks cannot be taken with procedure 'fixed_sequence' and pvalue 'clt'",
+    ),
     "scopes": ({"scope": 3}, "scope must be a name, or a list of several, got 3"),
     "no criterion": ({"criterion": None}, "criterion must be a name, .* got None"),
     "seed": ({"seed": "lucky"}, "seed must be an integer of at most 64 bits, got 'lucky'"),

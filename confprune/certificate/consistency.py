@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from confprune.certificate.evidence import Part, check_unit, plain_floats
+from confprune.risk.procedures import PROCEDURES
 from confprune.risk.pvalues import PVALUES
-from confprune.risk.testing import PROCEDURES
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate

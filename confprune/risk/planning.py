@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from confprune.risk.bounds import required_n
 from confprune.risk.inputs import FloatArray, check_losses, check_probability, losses_are_binary
 from confprune.risk.looks import default_looks
+from confprune.risk.procedures import Procedure, resolve_procedure
 from confprune.risk.pvalues import PValue, resolve_pvalue
 from confprune.risk.sequential import RiskTarget, SequentialTest, looks_possible
-from confprune.risk.testing import BoolArray, Procedure, resolve_procedure
+from confprune.risk.testing import BoolArray
 
 POWER = 0.9
 """Probability with which the wished sparsity is to be certified."""

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike
 
 from confprune.risk.inputs import FloatArray, IntArray, check_losses, check_probability
 from confprune.risk.looks import LookPlan
+from confprune.risk.procedures import Procedure, resolve_procedure
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.spending import SumTracker, Tracker, make_tracker
-from confprune.risk.testing import BoolArray, Procedure, resolve_procedure
+from confprune.risk.testing import BoolArray
 
 _LOST = 1 / 30
 """Part of the futility at which a level counts as lost whatever follows it."""
