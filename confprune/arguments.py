@@ -12,6 +12,7 @@ import torch
 
 import confprune
 from confprune.criteria import CRITERIA
+from confprune.devices import usable_device
 from confprune.losses import BUILT_IN
 from confprune.risk.pvalues import PVALUES
 
@@ -398,8 +399,6 @@ def _risk(text: str) -> tuple[str, float]:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"cannot be used here, {text!r}: {error}") from error
-    return device
+        return usable_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

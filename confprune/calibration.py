@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,6 +15,7 @@ from confprune.calling import Forward, check_forward
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
+from confprune.devices import on_device
 from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import GridForward
@@ -350,7 +350,7 @@ def calibrate(
             score_data=scoring.record,
         )
         question.check(data, len(ways), len(grid))
-        where = model if device is None else _on_device(model, device)
+        where = on_device(model, device)
         check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {
             "forward": forward,
@@ -378,20 +378,6 @@ def _check_budget(activation_bytes: object) -> None:
         )
     if activation_bytes < 1:
         raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
-
-
-def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no CUDA device: use device='cpu'")
-    if all(p.device == target for p in model.parameters()):
-        return model
-    return copy.deepcopy(model).to(target)
 
 
 def _needed_delta(delta: float | None) -> float:

@@ -164,11 +164,11 @@ def test_the_device_may_be_named(digits):
     assert certificate.certified
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(digits):
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", torch.device("cuda:99")])
+def test_a_device_that_is_not_there_is_refused(digits, device):
     model, data, _ = digits
-    with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device"):
-        calibrate(model, data, loss="error", device="cuda", **SETTINGS)
+    with pytest.raises(ValueError, match=r"device '\w+:99' cannot be used here \(.*device='cpu'"):
+        calibrate(model, data, loss="error", device=device, **SETTINGS)
 
 
 def test_what_is_no_model_or_no_levels_is_refused(digits):
@@ -267,6 +267,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no parameters": ({"parameters": []}, "no prunable weights"),
     "batch size": ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     "device": ({"device": "foo"}, "device must be one that torch knows, .* got 'foo'"),
+    "no device": ({"device": 3.5}, "device must be one that torch knows, .* got 3.5"),
     "budget": ({"activation_bytes": 0}, "activation_bytes must be positive, got 0"),
     "text budget": (
         {"activation_bytes": "1G"},
