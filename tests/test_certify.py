@@ -333,7 +333,7 @@ class TestCandidates:
         )
         by_graph = calibrate(model, data, procedure=chain, looks=None)
         by_chain = calibrate(model, data, looks=None)
-        assert by_graph.procedure == "graphical"
+        assert by_graph.procedure == "graphical(weights=..., transitions=...)"
         assert by_graph.rejected == by_chain.rejected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from confprune.risk.procedures import PROCEDURES
 from confprune.risk.pvalues import PVALUES
 
 if TYPE_CHECKING:
@@ -103,6 +104,12 @@ def asymptotic(certificate: Certificate) -> bool:
     """Whether the promise holds for large samples only."""
     kinds = [PVALUES.get(name) for name in pvalue_names(certificate)]
     return any(kind is not None and kind.asymptotic for kind in kinds)
+
+
+def in_order(certificate: Certificate) -> bool:
+    """Whether levels were tested one after the other, up to the first that failed."""
+    procedure = PROCEDURES.get(certificate.procedure)
+    return procedure is not None and procedure.chain
 
 
 def part_text(certificate: Certificate, part: Part) -> str:

@@ -77,8 +77,10 @@ def resolve_procedure(procedure: str | Callable[..., BoolArray]) -> Procedure:
     True
     """
     if callable(procedure):
-        function = procedure.func if isinstance(procedure, functools.partial) else procedure
-        name = getattr(function, "__name__", "procedure")
+        for known in PROCEDURES.values():
+            if procedure is known.test:
+                return known
+        name = _name(procedure)
         return Procedure(name, functools.partial(_checked, name, procedure))
     if procedure not in PROCEDURES:
         raise ValueError(
@@ -86,6 +88,15 @@ def resolve_procedure(procedure: str | Callable[..., BoolArray]) -> Procedure:
             "callable (pvalues, delta) -> bool [K]"
         )
     return PROCEDURES[procedure]
+
+
+def _name(procedure: Callable[..., BoolArray]) -> str:
+    """What a certificate calls a procedure of the caller's own: never as one of ours."""
+    if isinstance(procedure, functools.partial):
+        name = getattr(procedure.func, "__name__", "procedure")
+        return f"{name}({', '.join(f'{argument}=...' for argument in procedure.keywords)})"
+    name = getattr(procedure, "__name__", "procedure")
+    return f"own {name}" if name in PROCEDURES else name
 
 
 def _checked(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,19 @@ def test_what_an_own_procedure_returns_is_checked(returned, got):
     message = rf"procedure 'mine' must return which of the 3 levels .* bool \[3\], got {got}"
     with pytest.raises(ValueError, match=message):
         test(np.array([0.2, 0.1, 1.0]), 0.1)
+
+
+def test_an_own_procedure_is_never_taken_for_one_of_ours():
+    """By its name certificates are read again, and levels tested early."""
+
+    def holm(pvalues, delta):
+        return np.zeros(len(pvalues), dtype=bool)
+
+    assert procedures.resolve_procedure(holm).name == "own holm"
+    assert procedures.resolve_procedure(testing.holm) is procedures.PROCEDURES["holm"]
+    fallback = functools.partial(testing.fixed_sequence, starts=[0, 1])
+    assert procedures.resolve_procedure(fallback).name == "fixed_sequence(starts=...)"
+    assert procedures.resolve_procedure(functools.partial(max)).name == "max()"
 
 
 @pytest.mark.parametrize("of", [list, np.array, torch.tensor])
