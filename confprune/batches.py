@@ -51,7 +51,7 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
     """
     check_data(data, batch_size)
     found = False
-    for batch in _stream(data, batch_size or DEFAULT_BATCH_SIZE, order):
+    for batch in _stream(data, int(batch_size or DEFAULT_BATCH_SIZE), order):
         size = batch_length(batch)
         if size:
             found = True
@@ -79,7 +79,7 @@ def generous_batch_size(data: Any) -> int | None:
 
 def check_data(data: Any, batch_size: int | None) -> None:
     """Raise unless `data` can be streamed with this `batch_size`; reads nothing."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     whole = _is_whole(data)
     if whole:
@@ -203,8 +203,11 @@ def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
-        arrays = any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch))
-        way_out = ": make it tensors with torch.from_numpy" if arrays else ""
+        way_out = ""
+        if any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch)):
+            way_out = ": make it tensors with torch.from_numpy"
+        elif None in sizes:
+            way_out = ": single examples become batches in a DataLoader(data, batch_size=256)"
         raise ValueError(
             "a batch must hold tensors with one row per example, all with as many rows; got "
             f"{describe(batch)}{way_out}"

@@ -7,7 +7,7 @@ are taken off the calibration data before anything else is done with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +107,17 @@ def plan_scoring(
 
     Raises
     ------
+    TypeError
+        If `statistics` is no mapping.
     ValueError
         If score data shares examples with the calibration data, is given in vain, or is needed and
         cannot be taken off the data; if statistics of unknown data are given.
     """
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(
+            "statistics must be a mapping from names to statistics, such as {'deviation': "
+            f"observer.deviations()}}, got {type(statistics).__name__}"
+        )
     given = statistics or {}
     needs = list(dict.fromkeys(need for criterion in criteria for need in criterion.needs))
     measured = tuple(need for need in needs if need in MEASURED)

@@ -143,6 +143,12 @@ def test_a_batch_size_for_data_in_batches_is_refused(kind):
         list(batches(DATA[kind](), batch_size=3))
 
 
+def test_a_batch_size_may_come_from_numpy():
+    for data in (X, TensorDataset(X)):
+        sizes = [batch_length(batch) for batch in batches(data, batch_size=np.int64(4))]
+        assert sizes == [4, 3]
+
+
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])
 def test_a_batch_size_is_a_positive_integer(batch_size):
     with pytest.raises(ValueError, match=f"positive integer, got {batch_size!r}"):
@@ -190,7 +196,7 @@ def test_what_is_no_data_is_refused(data):
         ([1, 2, 3], "got a int"),
         (iter(["text"]), "got a str"),
         (np.zeros((3, 2)), "got a ndarray: make it tensors with torch.from_numpy"),
-        ([(X, torch.tensor(1))], "one row per example"),
+        ([(X[0], torch.tensor(1))], r"single examples become batches in a DataLoader\(data"),
     ],
 )
 def test_batches_without_a_common_length_are_refused(data, message):

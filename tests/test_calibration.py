@@ -18,6 +18,7 @@ import confprune
 from confprune import (
     LookPlan,
     Loss,
+    Risk,
     calibrate,
     calibrate_losses,
     loss_matrix,
@@ -244,7 +245,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
             "procedure": functools.partial(fixed_sequence, starts=[0, 50]),
             "looks": LookPlan((600,), (0.1,), 0.1),
         },
-        "looks cannot be taken with procedure 'fixed_sequence' and pvalue 'auto'",
+        r"looks cannot be taken with procedure 'fixed_sequence\(starts=...\)' and pvalue 'auto'",
     ),
     "asymptotic looks": (
         {"pvalue": "clt", "looks": LookPlan((600,), (0.1,), 0.1)},
@@ -265,6 +266,13 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no sparsities": ({"sparsities": []}, "sparsities must be a non-empty"),
     "parameters": ({"parameters": ["3.weight"]}, "parameters names '3.weight', .* 0.weight"),
     "no parameters": ({"parameters": []}, "no prunable weights"),
+    "text for alpha": ({"alpha": "0.1"}, "alpha must be a number, got '0.1'"),
+    "text for delta": ({"delta": "0.1"}, "delta must be a number, got '0.1'"),
+    "one risk": (
+        {"risks": Risk("error", 0.1), "loss": None, "alpha": None},
+        "risks must be a list, .* got Risk",
+    ),
+    "statistics": ({"statistics": 3}, "statistics must be a mapping .* got int"),
     "batch size": ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     "device": ({"device": "foo"}, "device must be one that torch knows, .* got 'foo'"),
     "no device": ({"device": 3.5}, "device must be one that torch knows, .* got 3.5"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from confprune.batches import (
     batch_length,
+    check_data,
     example_count,
     order_length,
     ordering_size,
@@ -78,6 +79,7 @@ def verify(
     level = certificate.level
     if level is None:
         raise ValueError("nothing was certified: there is no risk to verify")
+    check_data(data, batch_size)
     check_forward(forward)
     parts = certificate.parts or (_whole(certificate, level),)
     measures = _losses(parts, loss)

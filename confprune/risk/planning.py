@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from confprune.risk.bounds import required_n
-from confprune.risk.inputs import FloatArray, check_losses, check_probability, losses_are_binary
+from confprune.risk.inputs import (
+    FloatArray,
+    check_grid,
+    check_losses,
+    check_probability,
+    losses_are_binary,
+)
 from confprune.risk.looks import default_looks
 from confprune.risk.procedures import Procedure, resolve_procedure
 from confprune.risk.pvalues import PValue, resolve_pvalue
@@ -92,7 +98,7 @@ def simulate(
     Parameters
     ----------
     sparsities : array_like [K]
-        The grid, from dense to sparse.
+        The grid, strictly increasing, in [0, 1).
     risks_or_losses : array_like [K] or [m, K]
         A guessed risk for each level, for 0/1 losses that an example which fails at one level has
         at every level of larger risk; or the losses of a pilot sample, which is resampled.
@@ -124,8 +130,8 @@ def simulate(
 
     Raises
     ------
-    ValueError
-        If shapes do not match, or an argument is out of range.
+    ValueError, TypeError
+        If shapes do not match, or an argument is out of range or no number.
 
     Examples
     --------
@@ -139,18 +145,19 @@ def simulate(
     """
     alpha = check_probability("alpha", alpha)
     delta = check_probability("delta", delta)
-    if n < 1 or draws < 1:
-        raise ValueError(f"n and draws must be at least 1, got n={n}, draws={draws}")
+    for name, count in (("n", n), ("draws", draws)):
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
     if wished is not None and not 0 <= wished < 1:
         raise ValueError(f"wished must be a sparsity in [0, 1), got {wished}")
     if looks not in ("auto", None):
         raise ValueError(f"looks must be 'auto' or None, got {looks!r}")
-    grid = np.asarray(sparsities, dtype=np.float64)
+    grid = np.array(check_grid(sparsities))
     source = _Source(risks_or_losses)
-    if grid.ndim != 1 or source.levels != len(grid):
+    if source.levels != len(grid):
         raise ValueError(
-            f"risks_or_losses must have one column per sparsity, got {source.levels} "
-            f"for sparsities of shape {grid.shape}"
+            f"risks_or_losses must have one column per sparsity, got {source.levels} for "
+            f"{len(grid)} sparsities"
         )
     test = resolve_procedure(procedure)
     if test.needs:

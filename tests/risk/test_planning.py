@@ -132,8 +132,13 @@ def test_asymptotic_and_binary_pilots():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="one column per sparsity"):
         planning.simulate(SPARSITIES, RISKS[:5], 0.05, 0.1, 100)
-    with pytest.raises(ValueError, match="draws"):
-        planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, draws=0)
+    for wrong in (0, "100", 100.5):
+        with pytest.raises(ValueError, match=f"n must be a positive integer, got {wrong!r}"):
+            planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, wrong)
+        with pytest.raises(ValueError, match=f"draws must be a positive integer, got {wrong!r}"):
+            planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, draws=wrong)
+    with pytest.raises(ValueError, match="sparsities must be strictly increasing"):
+        planning.simulate(SPARSITIES[::-1], RISKS, 0.05, 0.1, 100)
     with pytest.raises(ValueError, match=r"wished must be a sparsity in \[0, 1\), got 70"):
         planning.simulate(SPARSITIES, RISKS, 0.05, 0.1, 100, wished=70)
     with pytest.raises(ValueError, match="looks must be 'auto' or None, got True"):
