@@ -151,7 +151,7 @@ class Question:
             return
         anytime = any(PVALUES[target.pvalue].anytime for target in targets)
         for setting, given in (
-            ("looks", isinstance(self.looks, LookPlan)),
+            ("looks=", isinstance(self.looks, LookPlan)),
             (f"pvalue={self.pvalue!r}", anytime),
             ("more than one scope or criterion", ways > 1),
         ):

@@ -109,6 +109,18 @@ def test_a_model_that_converts_its_inputs_takes_any_type():
     assert call(half, inputs, forward).dtype == torch.bfloat16
 
 
+def test_keys_that_the_model_does_not_take_are_explained():
+    batch = {"input": torch.ones(30, 6), "name": ["a.png"] * 30}
+    with pytest.raises(
+        TypeError, match=r"argument 'name': the keys of a batch, .* or pass forward"
+    ):
+        call(nn.Linear(6, 2), batch, None)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'x'$"):
+        call(nn.Linear(6, 2), batch, lambda model, batch: model(x=1))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        call(nn.Linear(6, 2), {}, None)
+
+
 def test_other_errors_of_a_model_are_its_own():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         call(nn.Linear(6, 2), torch.ones(5, 4), None)

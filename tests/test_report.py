@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from certificates import certify, controlled, of_parts, part, pruning_of, small_network
+from torch import nn
 
 from confprune.certificate import Certificate, Looks
 from confprune.risk.pvalues import PVALUES
@@ -77,6 +78,12 @@ def test_a_learned_order_may_have_failed_elsewhere():
         rejected=(True, False),
     )
     assert rows_of(str(certificate), "    sparsity")[1][-2:] == ["not", "reached"]
+
+
+def test_one_weight_is_singular():
+    text = unwrapped(certify([0], pruning=pruning_of(nn.Linear(1, 1))))
+    assert "Pruned are the 1 weight of 1 parameter (scope" in text
+    assert "testing of 1 level." in text
 
 
 def test_the_report_tells_close_sparsities_apart():

@@ -318,6 +318,8 @@ class TestCertificates:
         with pytest.raises(ValueError, match=r"for another network: the values of parameter"):
             against_full.verify(network(), labelled[0], progress=False, full=network())
         masked = against_full.prune(network())
+        with pytest.raises(ValueError, match="if it is pruned already, pass full="):
+            against_full.verify(masked, labelled[0], progress=False)
         risk = against_full.verify(masked, labelled[0], progress=False, full=network())
         assert risk == pytest.approx(against_full.risk, abs=2 / 300 + 1e-3)
         other = network()

@@ -374,7 +374,8 @@ class Certificate:
         deployed = full is not None or is_compressed(model)
         original = full if deployed else model
         if original is not None:
-            check_same_weights(pruning, original)
+            pruned_alone = "; if it is pruned already, pass full=, the network that was calibrated"
+            check_same_weights(pruning, original, "" if deployed else pruned_alone)
 
         def network(level: int) -> nn.Module:
             if deployed and level == self.level:

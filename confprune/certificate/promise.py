@@ -119,6 +119,11 @@ def part_text(certificate: Certificate, part: Part) -> str:
     return part.name
 
 
+def counted(number: int, thing: str) -> str:
+    """Write a number of things: 1 level, 2 levels."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def enumeration(texts: list[str]) -> str:
     """Write a list as a reader would: one, two and three."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -11,14 +11,14 @@ from confprune.levels import prune_levels
 from confprune.parameters import check_module
 
 
-def check_same_weights(pruning: Pruning, model: nn.Module) -> None:
+def check_same_weights(pruning: Pruning, model: nn.Module, way_out: str = "") -> None:
     """Raise ValueError, naming the difference, for another network than the one calibrated."""
     check_module(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {name: parameters[name] for name in pruning.parameters if name in parameters}
     differs = difference(pruning.fingerprint, fingerprint(found))
     if differs is not None:
-        raise ValueError(f"the certificate is for another network: {differs}")
+        raise ValueError(f"the certificate is for another network: {differs}{way_out}")
 
 
 def pruned_copy(

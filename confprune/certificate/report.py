@@ -11,6 +11,7 @@ from confprune.certificate.advice import advice
 from confprune.certificate.evidence import closest
 from confprune.certificate.promise import (
     asymptotic,
+    counted,
     enumeration,
     in_order,
     part_text,
@@ -99,8 +100,9 @@ def _foundation(certificate: Certificate) -> str:
     pruning = certificate.pruning
     if pruning is not None:
         text += (
-            f" Pruned are the {pruning.total:,} weights of {len(pruning.parameters)} parameters "
-            f"(scope {pruning.scope}, criterion {pruning.criterion}"
+            f" Pruned are the {counted(pruning.total, 'weight')} of "
+            f"{counted(len(pruning.parameters), 'parameter')} (scope {pruning.scope}, criterion "
+            f"{pruning.criterion}"
         )
         text += ")." if pruning.pattern is None else f", pattern {pruning.pattern})."
         if pruning.score_data is not None:
@@ -122,7 +124,7 @@ def _method(certificate: Certificate) -> str:
     """What was computed, with the kind of guarantee that it gives."""
     kind = "asymptotic" if asymptotic(certificate) else "finite-sample, distribution-free"
     count, tested = len(certificate.sparsities), len(certificate.tested)
-    levels = f"{count} level{'' if count == 1 else 's'}"
+    levels = counted(count, "level")
     if tested < count:
         levels = f"{tested} of {levels}"
     if certificate.guarantee == "expectation":
