@@ -349,7 +349,7 @@ def calibrate(
             seed=seed,
             score_data=scoring.record,
         )
-        question.check(data, len(ways), len(grid))
+        question.check(data, len(ways))
         where = on_device(model, device)
         check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {

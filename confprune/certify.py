@@ -55,6 +55,8 @@ def certify(
                 f"parameter {name!r} is sharded over ranks; calibration runs the whole model on "
                 "each: give one whose parameters are plain tensors"
             )
+    candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
+    question.check_procedure(len(candidates))
     grids = [
         GridForward(
             model, levels, question.measures, forward=forward, activation_bytes=activation_bytes
@@ -69,7 +71,6 @@ def certify(
         weights = [pruning_of(model, levels).fingerprint for levels in ways]
         check_agreement(ranks, question, data, batches(data, batch_size, order), ways, weights)
     names = _group_names(question, data, batch_size, order)
-    candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
     run = _Run(question, model, data, grids, losses, names, order, batch_size, progress, ranks)
     if question.guarantee != "risk":

@@ -74,10 +74,7 @@ def _why_none(model: nn.Module) -> str:
     """Why a model has no weights to prune, where its layers are of a known other kind."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            return (
-                f"{_layer(name)} is TorchScript, which cannot be masked: give the module that was "
-                "scripted or traced"
-            )
+            return f"layer {name!r} is TorchScript: give the module that was scripted or traced"
         kind = type(module).__module__
         if kind.startswith(_QUANTIZED):
             return (
@@ -100,9 +97,11 @@ def _layer(name: str) -> str:
 
 
 def check_module(model: object) -> None:
-    """Raise TypeError for what is no module."""
+    """Raise TypeError for what is no module, or one whose weights cannot be reached."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is TorchScript: give the module that was scripted or traced")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -65,11 +65,8 @@ class Question:
         losses = [risk.loss for risk in self.risks]
         return losses if self.accept is None else [*losses, self.accept]
 
-    def check(self, data: Any, ways: int, levels: int) -> None:
-        """Raise ValueError for settings that contradict each other or the data.
-
-        `levels` of each of so many `ways` of pruning are the candidates.
-        """
+    def check(self, data: Any, ways: int) -> None:
+        """Raise ValueError for settings that contradict each other or the data."""
         for name, value, valid in (
             ("guarantee", self.guarantee, GUARANTEES),
             ("order", self.order, ORDERS),
@@ -86,9 +83,6 @@ class Question:
         targets = resolve_targets(self.risks, None, self.pvalue, early=False)
         if self.guarantee != "risk":
             self._check_plain(ways)
-        elif not needs:
-            # A procedure of the caller's own that does not do is found out before the work.
-            self.procedure.test(np.ones(ways * levels), self.delta)
         if isinstance(self.looks, LookPlan):
             self._check_plan(self.looks, data, ways)
         check_independent(data)
@@ -96,6 +90,11 @@ class Question:
         count = self._count(data)
         if count is not None:
             self.check_enough(count)
+
+    def check_procedure(self, candidates: int) -> None:
+        """Raise for a procedure of the caller's own that does not do, before the work."""
+        if self.guarantee == "risk" and not self.procedure.needs:
+            self.procedure.test(np.ones(candidates), self.delta)
 
     def check_enough(self, n: int, group: str | None = None) -> None:
         """Raise ValueError where `n` examples cannot certify even a zero loss."""

@@ -309,8 +309,6 @@ def test_nothing_to_prune_is_refused(model, parameters):
 @pytest.mark.parametrize(
     ("convert", "message"),
     [
-        (torch.jit.script, "the model is TorchScript, .* give the module that was scripted"),
-        (lambda m: torch.jit.trace(m, torch.zeros(2, 128)), "the model is TorchScript"),
         (lambda m: nn.Sequential(nn.ReLU(), torch.jit.script(m)), "layer '1' is TorchScript"),
         (
             lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}),
@@ -326,6 +324,16 @@ def test_networks_whose_weights_cannot_be_masked_are_told_what_they_are(convert,
     model = nn.Sequential(nn.Linear(128, 128)).eval()
     with pytest.raises(ValueError, match=f"no prunable weights: {message}"):
         prune_levels(convert(model), GRID)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "convert", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(2, 8))]
+)
+@pytest.mark.parametrize("use", [lambda m: prune_levels(m, GRID), compress])
+def test_torchscript_is_refused(convert, use):
+    with pytest.raises(TypeError, match="model is TorchScript: give the module that was scripted"):
+        use(convert(nn.Sequential(nn.Linear(8, 8))))
 
 
 class WithEmpty(nn.Module):

@@ -237,6 +237,14 @@ class TestFiles:
         with pytest.raises(ValueError, match="has format 2, this version reads 1"):
             load_sparse(path, network())
 
+    def test_a_compressed_network_is_no_checkpoint_to_prune(self, tmp_path):
+        save_sparse(small(pruned(network())), tmp_path / "small.safetensors")
+        for source in (tmp_path, tmp_path / "small.safetensors"):
+            with pytest.raises(ValueError, match="holds a compressed network"):
+                confprune.checkpoint.prune(
+                    source, tmp_path / "out.safetensors", sparsity=0.5, include=["*"]
+                )
+
     @pytest.mark.parametrize("damage", ["missing", "short", "surplus"])
     def test_damaged_bitmaps_are_refused(self, tmp_path, damage):
         path = tmp_path / "small.safetensors"

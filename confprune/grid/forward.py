@@ -287,14 +287,21 @@ class GridForward:
         half = len(full) // 2
         if half == 0:
             return
-        apart = self._network(slice_batch(batch, 0, half))
-        if _difference(apart[None], full[None, :half]):
+        part = slice_batch(batch, 0, half)
+        apart = self._network(part)
+        if not _difference(apart[None], full[None, :half]):
+            return
+        note = (
+            "the outputs of an example depend on the other examples of its batch (as with a "
+            "BatchNorm without running statistics); the guarantee needs independent losses"
+        )
+        if _difference(self._network(part)[None], apart[None]):
             note = (
-                "the outputs of an example depend on the other examples of its batch (as with a "
-                "BatchNorm without running statistics); the guarantee needs independent losses"
+                "the network's outputs are random (as with a dropout that is on in evaluation mode "
+                "too): the risk is an average over that, and a certificate may not verify"
             )
-            self.notes.append(note)
-            warnings.warn(note, UserWarning, stacklevel=2)
+        self.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=2)
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
         """Weights that no function received, and that change nothing, need not be masked."""

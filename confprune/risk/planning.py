@@ -87,7 +87,7 @@ def simulate(
     n: int,
     *,
     pvalue: str = "auto",
-    procedure: str = "fixed_sequence",
+    procedure: str | Callable[..., BoolArray] = "fixed_sequence",
     looks: str | None = "auto",
     draws: int = 200,
     seed: int = 0,
@@ -111,9 +111,9 @@ def simulate(
     pvalue : str
         Any p-value by name. ``"auto"``: `binomial` for 0/1 losses; else `betting` with early looks
         and `convex` without.
-    procedure : str
+    procedure : str, or callable (pvalues [K], delta) -> bool [K]
         A procedure that needs nothing but p-values: ``"fixed_sequence"``, ``"bonferroni"``,
-        ``"holm"``.
+        ``"holm"``, or your own.
     looks : "auto" or None
         As for `confprune.calibrate`: early looks, where the procedure and the p-value allow them,
         or one test on all examples.
@@ -162,7 +162,7 @@ def simulate(
     test = resolve_procedure(procedure)
     if test.needs:
         raise ValueError(
-            f"procedure={procedure!r} needs {', '.join(test.needs)}, which cannot be simulated; "
+            f"procedure={test.name!r} needs {', '.join(test.needs)}, which cannot be simulated; "
             "choose 'fixed_sequence', 'bonferroni' or 'holm'"
         )
     early = looks == "auto" and looks_possible(test, pvalue)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import confprune
 from confprune.checkpoint.certified import check_certificate
+from confprune.checkpoint.layout import COMPRESSED
 from confprune.files import written_whole
 from confprune.parameters import DTYPES
 from confprune.sparse.compression import check_kernel, dense_from_of, replaced_in, sparse_like
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 FORMAT = 1
-_MANIFEST, _CERTIFICATE = "confprune.sparse", "confprune.certificate"
+_MANIFEST, _CERTIFICATE = COMPRESSED, "confprune.certificate"
 _BITMAP, _SURVIVORS = "confprune.bitmap", "confprune.survivors"
 
 
