@@ -36,11 +36,12 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
             raise
         raise TypeError(explained) from error
     except TypeError as error:
-        if forward is not None or "unexpected keyword argument" not in str(error):
+        if forward is not None or "argument" not in str(error):
             raise
         raise TypeError(
-            f"{error}: the keys of a batch, but for the labels, go to the model as keywords; leave "
-            "out those that it does not take, or pass forward=lambda model, batch: ..."
+            f"{error}: of a batch the model is given the inputs, where it is (inputs, targets), or "
+            "all keys but the labels, as keywords; for another way pass forward=lambda model, "
+            "batch: ..."
         ) from error
     if isinstance(outputs, Mapping):
         for key in ("logits", "last_hidden_state"):
