@@ -109,7 +109,7 @@ def pilot(
 
 
 def report(simulation: Simulation, risks: FloatArray, alpha: float, delta: float) -> str:
-    """The simulation with the levels around the border, in plain text.
+    """The simulation with the levels around the border, and the one wished for, in plain text.
 
     Parameters
     ----------
@@ -139,7 +139,10 @@ def report(simulation: Simulation, risks: FloatArray, alpha: float, delta: float
          0.400  0.1000                       0.000
     """
     lines = [repr(simulation), "", "  sparsity    risk  certified with probability"]
-    for j in _border(simulation.probabilities):
+    shown = set(_border(simulation.probabilities))
+    if simulation.wished is not None:
+        shown.update(np.flatnonzero(simulation.sparsities >= simulation.wished)[:1].tolist())
+    for j in sorted(shown):
         sparsity, probability = simulation.sparsities[j], simulation.probabilities[j]
         lines.append(f"  {sparsity:8.3f}  {risks[j]:.4f}  {probability:26.3f}")
     needed = required_n(alpha, delta)
