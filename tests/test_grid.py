@@ -644,6 +644,17 @@ def test_a_budget_must_be_positive(budget):
         )
 
 
+@pytest.mark.filterwarnings("ignore:the levels are evaluated one by one")
+def test_random_outputs_are_said_to_be_random():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5)
+
+    model, x = Noisy(8, 6), torch.randn(9, 8)
+    with pytest.warns(UserWarning, match="outputs are random .*dropout that is on in evaluation"):
+        loss_matrix(model, x, prune_levels(model, GRID), DISTANCE, progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:the outputs of an example depend")
 def test_the_reason_of_a_fallback_is_kept():
     model = Branching()

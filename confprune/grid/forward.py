@@ -19,14 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from confprune.batches import (
-    Forward,
-    batch_length,
-    call,
-    copy_batch,
-    reference_of,
-    slice_batch,
-)
+from confprune.batches import batch_length, copy_batch, slice_batch
+from confprune.calling import Forward, call, reference_of
 from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.mode import METADATA, GridMode, Layer
 from confprune.grid.workers import Workers
@@ -92,8 +86,6 @@ class GridForward:
     ) -> None:
         levels.check_model(model)
         check_kernels(parameter.device for parameter in model.parameters())
-        if activation_bytes is not None and activation_bytes < 1:
-            raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
@@ -295,14 +287,21 @@ class GridForward:
         half = len(full) // 2
         if half == 0:
             return
-        apart = self._network(slice_batch(batch, 0, half))
-        if _difference(apart[None], full[None, :half]):
+        part = slice_batch(batch, 0, half)
+        apart = self._network(part)
+        if not _difference(apart[None], full[None, :half]):
+            return
+        note = (
+            "the outputs of an example depend on the other examples of its batch (as with a "
+            "BatchNorm without running statistics); the guarantee needs independent losses"
+        )
+        if _difference(self._network(part)[None], apart[None]):
             note = (
-                "the outputs of an example depend on the other examples of its batch (as with a "
-                "BatchNorm without running statistics); the guarantee needs independent losses"
+                "the network's outputs are random (as with a dropout that is on in evaluation mode "
+                "too): the risk is an average over that, and a certificate may not verify"
             )
-            self.notes.append(note)
-            warnings.warn(note, UserWarning, stacklevel=2)
+        self.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=2)
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
         """Weights that no function received, and that change nothing, need not be masked."""
