@@ -16,7 +16,7 @@ from confprune.calling import Forward, call, check_forward
 from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
 from confprune.grid.attention import multi_head_attention
-from confprune.grid.mode import each
+from confprune.grid.functions import each
 from confprune.ops import output_positions
 from confprune.parameters import ParameterFilter, prunable_parameters
 
