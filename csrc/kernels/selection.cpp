@@ -12,10 +12,16 @@ void count_all(const T* x, int64_t n, Shift shift, Count* counts) {
   constexpr int kLine = 64 / int(sizeof(T));  // elements of a cache line
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
-#pragma GCC unroll 32
-    for (int j = 0; j < kLine; ++j)
-      ++counts[K::of(x[i + j]) >> shift];
+    __builtin_prefetch(x + i + kAhead);
+#pragma GCC unroll 8
+    for (int j = 0; j < kLine; j += 4) {  // read before the counting, which may alias it
+      const auto a = K::of(x[i + j]), b = K::of(x[i + j + 1]);
+      const auto c = K::of(x[i + j + 2]), d = K::of(x[i + j + 3]);
+      ++counts[a >> shift];
+      ++counts[b >> shift];
+      ++counts[c >> shift];
+      ++counts[d >> shift];
+    }
   }
   for (; i < n; ++i)
     ++counts[K::of(x[i]) >> shift];

@@ -120,7 +120,7 @@ void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* lev
     Level* const out = levels + at;
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {  // read ahead of the writing, which may alias what is read
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
+      __builtin_prefetch(x + i + kAhead);
       const auto a = K::of(x[i]), b = K::of(x[i + 1]);
       const auto c = K::of(x[i + 2]), d = K::of(x[i + 3]);
       out[i] = table[a >> shift];
