@@ -298,6 +298,8 @@ def test_layers_that_round_what_is_between_them_stay_apart(dtype):
 def test_what_is_between_layers_takes_no_part_of_the_budget():
     model = nn.Sequential(nn.Linear(10, 2000), nn.ReLU(), nn.Linear(2000, 4)).eval()
     levels = prune_levels(model, np.arange(100) / 100)
-    forward = GridForward(model, levels, [DISTANCE], activation_bytes=10 << 20)
-    forward.evaluate(torch.randn(5, 10), [0])
-    assert forward.capacity(torch.randn(5, 10), 100) >= 1024
+    forward = GridForward(model, levels, [DISTANCE])
+    assert forward.capacity(torch.randn(5, 10), 100) >= 256
+    model[1] = nn.Tanh()
+    forward = GridForward(model, levels, [DISTANCE])
+    assert forward.capacity(torch.randn(5, 10), 100) == 0

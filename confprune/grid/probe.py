@@ -15,6 +15,7 @@ from confprune.grid.layers import Layer
 
 _LANES = 128  # vectors that the products take together
 _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
+_LEAST_ACTIVATION = 320  # bytes: more examples together gain nothing, and are hard to share out
 
 
 class Footprint(NamedTuple):
@@ -31,7 +32,7 @@ class Probe(TorchFunctionMode):
     def __init__(self, layers: dict[int, Layer]) -> None:
         super().__init__()
         self._layers = layers
-        self._largest = 1
+        self._largest = 0
         self._by_fusion: list[tuple[Fusion, int]] = []  # and the size of what is on its way
         self._work = 0  # of the layer with the most operations
         self._rows = 0  # vectors it takes; 0 for a convolution
@@ -75,4 +76,5 @@ class Probe(TorchFunctionMode):
         rows = self._rows // size
         examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
         written = [nbytes for fusion, nbytes in self._by_fusion if not fusion.chained]
-        return Footprint(-(-max([self._largest, *written]) // size), weight, examples)
+        activation = max([self._largest, *written, _LEAST_ACTIVATION * size])
+        return Footprint(-(-activation // size), weight, examples)
