@@ -41,7 +41,8 @@ Cuts cuts_of(Element element, std::vector<uint64_t> keys) {
 
 extern "C" __attribute__((noinline)) void counted_histogram(const Source& source, int64_t n,
                                                             const Digit& digit, uint32_t* counts) {
-  histogram(source, 0, n, digit, counts);
+  Blocks all(0, n, n);
+  histogram(source, all, digit, counts);
 }
 
 extern "C" __attribute__((noinline)) void counted_assign(const Source& source, int64_t n,

@@ -23,7 +23,7 @@ from benchmarks.networks import SUBJECTS
 from benchmarks.records import Row, Unavailable
 from benchmarks.timing import Contender, interleaved
 from confprune import prune_levels
-from confprune.batches import call
+from confprune.calling import call
 from confprune.sparse import compress, save_sparse
 
 if TYPE_CHECKING:

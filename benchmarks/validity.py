@@ -21,9 +21,10 @@ from benchmarks.parallel import run_jobs
 from benchmarks.records import Row, markdown
 from benchmarks.remember import remember_pure_functions
 from confprune.risk.looks import default_looks
+from confprune.risk.procedures import PROCEDURES
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.sequential import RiskTarget, SequentialTest
-from confprune.risk.testing import PROCEDURES, pareto_order
+from confprune.risk.testing import pareto_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,18 +1,23 @@
-"""The words of the command line: commands, options, their help, and the values they take."""
+"""The words of the command line: commands, options and their help."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
-
-import numpy as np
-import torch
 
 import confprune
 from confprune.criteria import CRITERIA
 from confprune.losses import BUILT_IN
+from confprune.option_values import (
+    to_count,
+    to_curve,
+    to_device,
+    to_grid,
+    to_probability,
+    to_risk,
+    to_sparsity,
+)
 from confprune.risk.pvalues import PVALUES
 
 BAD_USAGE = 2
@@ -75,7 +80,7 @@ def _add_plan(commands: Any) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--risks",
-        type=_curve,
+        type=to_curve,
         metavar="SPARSITY:RISK,...",
         help="the risk you guess at some sparsities; the levels between are interpolated",
     )
@@ -88,16 +93,16 @@ def _add_plan(commands: Any) -> None:
     )
     _add_promise(command, required=True)
     command.add_argument(
-        "--n", type=_positive, required=True, metavar="N", help="number of calibration examples"
+        "--n", type=to_count, required=True, metavar="N", help="number of calibration examples"
     )
     command.add_argument(
-        "--wished", type=_sparsity, metavar="S", help="find the examples that this sparsity needs"
+        "--wished", type=to_sparsity, metavar="S", help="find the examples that this sparsity needs"
     )
     _add_grid(command, "0:0.99:100, as far as --risks reach")
     _add_testing(command, "fixed_sequence, bonferroni or holm")
     command.add_argument(
         "--draws",
-        type=_positive,
+        type=to_count,
         default=200,
         metavar="N",
         help="number of simulated calibrations (default: 200)",
@@ -130,7 +135,7 @@ def _add_calibrate(commands: Any) -> None:
     _add_promise(command)
     command.add_argument(
         "--risk",
-        type=_risk,
+        type=to_risk,
         action="append",
         metavar="LOSS=ALPHA",
         help="instead of --loss and --alpha, once for each of several losses: all are kept at once",
@@ -143,7 +148,7 @@ def _add_calibrate(commands: Any) -> None:
     )
     command.add_argument(
         "--accept-confidence",
-        type=_probability,
+        type=to_probability,
         metavar="T",
         help="count only predictions of at least this confidence, the largest class probability",
     )
@@ -184,8 +189,8 @@ def _add_calibrate(commands: Any) -> None:
         help="given: take the order of data that cannot be permuted for a random one "
         "(default: random)",
     )
-    command.add_argument("--batch-size", type=_positive, metavar="N", help="examples at once")
-    command.add_argument("--device", type=_device, help="such as cpu or cuda:0")
+    command.add_argument("--batch-size", type=to_count, metavar="N", help="examples at once")
+    command.add_argument("--device", type=to_device, help="such as cpu or cuda:0")
     command.add_argument(
         "--out",
         type=Path,
@@ -221,7 +226,7 @@ def _add_prune(commands: Any) -> None:
     how.add_argument("--certificate", type=Path, metavar="FILE", help="prune as certified")
     how.add_argument(
         "--sparsity",
-        type=_sparsity,
+        type=to_sparsity,
         nargs="+",
         metavar="S",
         help="prune this share, without a guarantee; several, increasing, give an output each",
@@ -295,7 +300,7 @@ def _add_promise(
     ):
         command.add_argument(
             name,
-            type=_probability,
+            type=to_probability,
             required=required,
             default=default,
             help=text if default is None else f"{text} (default: {default})",
@@ -305,7 +310,7 @@ def _add_promise(
 def _add_grid(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--sparsities",
-        type=_sparsities,
+        type=to_grid,
         metavar="START:STOP:COUNT",
         help=f"the grid, STOP included, or a list 0.5,0.6,0.7 (default: {default})",
     )
@@ -337,69 +342,3 @@ def _add_seed(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=int, default=0, help="seed of the random numbers (default: 0)"
     )
-
-
-# Values.
-
-
-def _probability(text: str) -> float:
-    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
-
-
-def _sparsity(text: str) -> float:
-    return _number(text, lambda value: 0 <= value < 1, "a sparsity: 0 or more, and below 1")
-
-
-def _positive(text: str) -> int:
-    value = _number(text, lambda value: value >= 1 and value == int(value), "a positive integer")
-    return int(value)
-
-
-def _number(text: str, valid: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-        if valid(value):
-            return value
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-
-
-def _sparsities(text: str) -> list[float]:
-    """Sparsities from "START:STOP:COUNT" or "0.5,0.6,0.7"; the library judges their order."""
-    if ":" not in text:
-        return [_sparsity(part) for part in text.split(",")]
-    parts = text.split(":")
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"must read START:STOP:COUNT, got {text!r}")
-    grid = np.linspace(_sparsity(parts[0]), _sparsity(parts[1]), _positive(parts[2]))
-    return [float(sparsity) for sparsity in grid]
-
-
-def _curve(text: str) -> list[tuple[float, float]]:
-    """Points (sparsity, risk) from "0:0.001,0.9:0.2"."""
-    points = []
-    for part in text.split(","):
-        sparsity, colon, risk = part.partition(":")
-        if not colon:
-            raise argparse.ArgumentTypeError(f"must read SPARSITY:RISK,..., got {part!r}")
-        risk_value = _number(risk, lambda value: 0 <= value <= 1, "a risk from 0 to 1")
-        points.append((_sparsity(sparsity), risk_value))
-    return points
-
-
-def _risk(text: str) -> tuple[str, float]:
-    """A loss and its alpha from "harm=0.01"."""
-    loss, equals, alpha = text.rpartition("=")
-    if not (loss and equals):
-        raise argparse.ArgumentTypeError(f"must read LOSS=ALPHA, such as harm=0.01, got {text!r}")
-    return loss, _probability(alpha)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"cannot be used here, {text!r}: {error}") from error
-    return device

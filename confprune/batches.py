@@ -1,4 +1,4 @@
-"""Calibration data as a stream of batches, and how a model is called on one.
+"""Calibration data as a stream of batches, and what can be done with a batch of any structure.
 
 Data is a ``Dataset``, a ``DataLoader``, tensors (one, a tuple or a mapping of them: all examples at
 once), or an iterable of batches. A batch is ``(inputs, targets)``, inputs alone, or a mapping whose
@@ -8,22 +8,19 @@ labels stand under "labels" or "label", as Hugging Face has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_iter
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from confprune.losses import Reference
-
-Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+from confprune.loaders import loaded_count, reordered, visits_each_once, why_dependent
 
 DEFAULT_BATCH_SIZE = 256
 _IN_MEMORY_EXAMPLES = 16384
 _IN_MEMORY_BYTES = 64 << 20
-_LABELS = ("labels", "label")
 
 
 def batches(data: Any, batch_size: int | None = None, order: Tensor | None = None) -> Iterator[Any]:
@@ -54,7 +51,7 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
     """
     check_data(data, batch_size)
     found = False
-    for batch in _stream(data, batch_size or DEFAULT_BATCH_SIZE, order):
+    for batch in _stream(data, int(batch_size or DEFAULT_BATCH_SIZE), order):
         size = batch_length(batch)
         if size:
             found = True
@@ -82,7 +79,7 @@ def generous_batch_size(data: Any) -> int | None:
 
 def check_data(data: Any, batch_size: int | None) -> None:
     """Raise unless `data` can be streamed with this `batch_size`; reads nothing."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     whole = _is_whole(data)
     if whole:
@@ -98,6 +95,23 @@ def check_data(data: Any, batch_size: int | None) -> None:
         )
     if example_count(data) == 0:
         raise ValueError("data is empty: it has no examples")
+
+
+def check_independent(data: Any) -> None:
+    """Raise ValueError for data that is known not to be independent examples.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.batches import check_independent
+    >>> check_independent(torch.zeros(7, 3))
+    """
+    why = why_dependent(data) if isinstance(data, DataLoader) else None
+    if why is not None:
+        raise ValueError(
+            f"data must be independent examples, each counted once, but {why}: a certificate would "
+            "not hold. Give the Dataset itself, or a DataLoader of it without that sampler"
+        )
 
 
 def is_batched(data: Any) -> bool:
@@ -126,11 +140,7 @@ def example_count(data: Any) -> int | None:
     if _is_whole(data):
         return batch_length(data)
     if isinstance(data, DataLoader):
-        if data.batch_size is None or not isinstance(data.dataset, Sized):
-            return None
-        if data.drop_last:
-            return len(data) * data.batch_size
-        return len(data.sampler) if isinstance(data.sampler, Sized) else len(data.dataset)
+        return loaded_count(data)
     if isinstance(data, Dataset) and isinstance(data, Sized):
         return len(data)
     if isinstance(data, Sequence):
@@ -151,13 +161,7 @@ def permutable(data: Any) -> bool:
     (True, False)
     """
     if isinstance(data, DataLoader):
-        sampler = data.sampler
-        once = isinstance(sampler, SequentialSampler) or (
-            isinstance(sampler, RandomSampler)
-            and not sampler.replacement
-            and sampler.num_samples == len(sampler.data_source)
-        )
-        return once and type(data.batch_sampler) is BatchSampler and permutable(data.dataset)
+        return visits_each_once(data) and permutable(data.dataset)
     if _is_whole(data):
         return True
     return isinstance(data, Dataset) and isinstance(data, Sized) and hasattr(data, "__getitem__")
@@ -197,10 +201,13 @@ def ordering_size(n: int) -> int:
 
 def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
-        arrays = any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch))
-        way_out = ": make it tensors with torch.from_numpy" if arrays else ""
+        way_out = ""
+        if any(isinstance(leaf, np.ndarray) for leaf in tree_iter(batch)):
+            way_out = ": make it tensors with torch.from_numpy"
+        elif None in sizes:
+            way_out = ": single examples become batches in a DataLoader(data, batch_size=256)"
         raise ValueError(
             "a batch must hold tensors with one row per example, all with as many rows; got "
             f"{describe(batch)}{way_out}"
@@ -236,48 +243,6 @@ def copy_batch(batch: Any) -> Any:
     return _mapped(batch, Tensor.clone)
 
 
-def targets_of(batch: Any) -> Tensor | None:
-    """The labels of a batch, if it has any."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in _LABELS if key in batch), None)
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[1]
-    return None
-
-
-def padding_mask_of(batch: Any) -> Tensor | None:
-    """True at the positions of sequences that are not padding, if the batch says."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        mask = batch["attention_mask"]
-        return mask.bool() if mask.ndim == 2 else None
-    return None
-
-
-def reference_of(outputs: Tensor, batch: Any) -> Reference:
-    """What pruned outputs on a batch are compared with: the full network's, labels and padding."""
-    return Reference(outputs, targets_of(batch), padding_mask_of(batch))
-
-
-def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
-    """The model's outputs on a batch, as a tensor [B, ...].
-
-    Without `forward`, inputs go to the model as its argument, a tuple of inputs as its arguments, a
-    mapping less its labels as its keywords; of a Hugging Face output the logits are taken, or else
-    the last hidden state.
-    """
-    outputs = forward(model, batch) if forward is not None else _default_forward(model, batch)
-    if isinstance(outputs, Mapping):
-        for key in ("logits", "last_hidden_state"):
-            if isinstance(outputs.get(key), Tensor):
-                return outputs[key]  # type: ignore[no-any-return]
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model's output is a {type(outputs).__name__}, not a tensor [B, ...]; pass "
-            "forward=lambda model, batch: ... that returns the tensor the loss takes"
-        )
-    return outputs
-
-
 def describe(batch: Any) -> str:
     """The structure of a batch in words, for messages."""
     if isinstance(batch, Tensor):
@@ -289,21 +254,6 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key not in _LABELS})
-    if isinstance(batch, tuple | list):
-        if len(batch) not in (1, 2):
-            raise ValueError(
-                f"a batch must be (inputs, targets), inputs alone or a mapping; got {len(batch)} "
-                "values: pass forward=lambda model, batch: ... that calls the model"
-            )
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
 def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
     if _is_whole(data):
         starts = range(0, batch_length(data), batch_size)
@@ -311,27 +261,11 @@ def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
             return (slice_batch(data, begin, begin + batch_size) for begin in starts)
         return (take(data, order[begin : begin + batch_size]) for begin in starts)
     if isinstance(data, DataLoader) and order is not None:
-        return _reordered(data, order)
+        return reordered(data, order)
     if isinstance(data, Dataset):
         sampler = None if order is None else order.tolist()
         return DataLoader(data, batch_size=batch_size, sampler=sampler)
     return data  # type: ignore[no-any-return]
-
-
-def _reordered(loader: DataLoader[Any], order: Tensor) -> DataLoader[Any]:
-    """A loader like this one that goes through its dataset in the given order."""
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=order.tolist(),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-    )
 
 
 def _is_whole(data: Any) -> bool:
@@ -359,12 +293,13 @@ def _like(batch: Any, values: list[Any]) -> Any:
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in its order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(batch, tuple | list):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from confprune.batches import Forward, check_data
+from confprune.batches import check_data, check_independent
+from confprune.calling import Forward, check_forward
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
 from confprune.criteria import CriterionLike, Statistics
+from confprune.devices import on_device
 from confprune.distributed import Ranks
 from confprune.evaluation import Evaluation, evaluate_all
 from confprune.grid import GridForward
@@ -26,8 +27,8 @@ from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
 from confprune.risk.looks import LookPlan
+from confprune.risk.procedures import resolve_procedure
 from confprune.risk.pvalues import resolve_pvalue
-from confprune.risk.testing import resolve_procedure
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
 from confprune.scoring import plan_scoring
 from confprune.ways import resolve_ways
@@ -100,6 +101,9 @@ def loss_matrix(
         )
     resolved = resolve_loss(loss)
     check_data(data, batch_size)
+    check_independent(data)
+    check_forward(forward)
+    _check_budget(activation_bytes)
     grid = GridForward(
         model, levels, [resolved], forward=forward, activation_bytes=activation_bytes
     )
@@ -328,6 +332,8 @@ def calibrate(
         resolved = resolve_risks(loss, alpha, risks, pvalue)
         grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
         check_data(data, batch_size)
+        check_forward(forward)
+        _check_budget(activation_bytes)
         ways = resolve_ways(criterion, scope, pattern)
         scoring = plan_scoring([way.criterion for way in ways], data, score_data, statistics)
         question = Question(
@@ -344,7 +350,7 @@ def calibrate(
             score_data=scoring.record,
         )
         question.check(data, len(ways))
-        where = model if device is None else _on_device(model, device)
+        where = on_device(model, device)
         check_kernels(parameter.device for parameter in where.parameters())
         reading: dict[str, Any] = {
             "forward": forward,
@@ -361,18 +367,17 @@ def calibrate(
         )
 
 
-def _on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device must be one that torch knows, such as 'cpu' or 'cuda:0', got {device!r}"
-        ) from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch finds no CUDA device: use device='cpu'")
-    if all(p.device == target for p in model.parameters()):
-        return model
-    return copy.deepcopy(model).to(target)
+def _check_budget(activation_bytes: object) -> None:
+    """Raise for what is no number of bytes; None is fine."""
+    if activation_bytes is None:
+        return
+    if not isinstance(activation_bytes, int | np.integer):
+        raise TypeError(
+            "activation_bytes must be a whole number of bytes, such as 1 << 30, got "
+            f"{activation_bytes!r}"
+        )
+    if activation_bytes < 1:
+        raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
 
 
 def _needed_delta(delta: float | None) -> float:

@@ -15,14 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from confprune.agreement import check_agreement
-from confprune.batches import (
-    Forward,
-    batches,
-    example_count,
-    ordering_size,
-    permutable,
-    random_order,
-)
+from confprune.batches import batches, example_count, ordering_size, permutable, random_order
+from confprune.calling import Forward
 from confprune.certificate import Certificate
 from confprune.certificate.evidence import Looks, Part, Pruning, ScoreData, binding_part
 from confprune.certificate.fingerprint import fingerprint
@@ -36,7 +30,8 @@ from confprune.question import Question
 from confprune.risk.control import conformal_risk_control, monotonise, rcps
 from confprune.risk.inputs import FloatArray, IntArray, loss_sums
 from confprune.risk.looks import LookPlan
-from confprune.risk.testing import pareto_order, resolve_procedure
+from confprune.risk.procedures import resolve_procedure
+from confprune.risk.testing import pareto_order
 from confprune.risks import Target, group_labels, resolve_targets
 from confprune.sharding import is_sharded
 
@@ -60,6 +55,8 @@ def certify(
                 f"parameter {name!r} is sharded over ranks; calibration runs the whole model on "
                 "each: give one whose parameters are plain tensors"
             )
+    candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
+    question.check_procedure(len(candidates))
     grids = [
         GridForward(
             model, levels, question.measures, forward=forward, activation_bytes=activation_bytes
@@ -74,7 +71,6 @@ def certify(
         weights = [pruning_of(model, levels).fingerprint for levels in ways]
         check_agreement(ranks, question, data, batches(data, batch_size, order), ways, weights)
     names = _group_names(question, data, batch_size, order)
-    candidates = [(g, j) for g, levels in enumerate(ways) for j in range(len(levels))]
     notes: list[str] = []
     run = _Run(question, model, data, grids, losses, names, order, batch_size, progress, ranks)
     if question.guarantee != "risk":

@@ -108,7 +108,7 @@ def _plan(options: argparse.Namespace) -> int:
         options.n,
         pvalue=options.pvalue,
         procedure=options.procedure,
-        looks=options.looks == "auto",
+        looks="auto" if options.looks == "auto" else None,
         draws=options.draws,
         seed=options.seed,
         wished=options.wished,

@@ -17,9 +17,9 @@ from confprune.losses import Loss
 from confprune.risk.bounds import upper_bound, upper_bound_from_sums
 from confprune.risk.inputs import FloatArray, loss_sums
 from confprune.risk.looks import LookPlan
+from confprune.risk.procedures import Procedure
 from confprune.risk.pvalues import PVALUES
 from confprune.risk.sequential import RiskTarget, SequentialResult, SequentialTest
-from confprune.risk.testing import Procedure
 from confprune.risks import Target
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from confprune.batches import Forward, batch_length, call, check_data
+from confprune.batches import batch_length, check_data
+from confprune.calling import Forward, call, check_forward
 from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
 from confprune.grid.attention import multi_head_attention
-from confprune.grid.mode import each
+from confprune.grid.functions import each
 from confprune.ops import output_positions
 from confprune.parameters import ParameterFilter, prunable_parameters
 
@@ -57,6 +58,8 @@ def input_norms(
     ------
     ValueError
         If a parameter is no weight of a linear layer or convolution, or the model never used it.
+    TypeError
+        If `data`, `forward` or a parameter is of no type that will do.
 
     Examples
     --------
@@ -69,6 +72,7 @@ def input_norms(
     """
     weights = prunable_parameters(model, parameters)
     check_data(data, batch_size)
+    check_forward(forward)
     meter = _Meter({id(weight): name for name, weight in weights.items()})
     with (
         torch.no_grad(),

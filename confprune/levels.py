@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from confprune.layout import inputs_first as find_inputs_first
 from confprune.ops import check_kernels
 from confprune.parameters import ParameterFilter, detached, prunable_parameters
 from confprune.patterns import resolve_pattern
+from confprune.risk.inputs import check_grid
 from confprune.sharding import aligned, layer_counts, sharding_of
 
 if TYPE_CHECKING:
@@ -278,32 +278,10 @@ def levels_of(
 
 
 def check_sparsities(sparsities: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
-    """The grid as floats, after checking that it is one: strictly increasing, in [0, 1)."""
+    """The grid as floats, after checking that it is one; see `confprune.risk.inputs.check_grid`."""
     if isinstance(sparsities, Tensor):
         sparsities = sparsities.detach().cpu().numpy()
-    try:
-        values = np.asarray(sparsities, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"sparsities must be a list of numbers, such as [0.5, 0.7], got {sparsities!r}"
-        ) from None
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(
-            f"sparsities must be a non-empty one-dimensional grid, got shape {values.shape}; for "
-            "one level give [0.5]"
-        )
-    if values.size > 32767:
-        raise ValueError(f"sparsities has {values.size} levels; at most 32767 are supported")
-    for s in values:
-        if not 0 <= s < 1:
-            raise ValueError(f"sparsities must be in [0, 1), got {s:g}")
-    for a, b in itertools.pairwise(values):
-        if b <= a:
-            raise ValueError(
-                f"sparsities must be strictly increasing, got {b:g} after {a:g}; sort them and "
-                "remove duplicates"
-            )
-    return tuple(float(s) for s in values)
+    return check_grid(sparsities)
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,6 +12,7 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
                          CUDA
 ``prefix_rows``          a weight matrix with each row ordered by prune level
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
+``grid_mlp``             several such layers, one after the other, from one input
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
@@ -223,6 +224,20 @@ def _(
     if batch_minor:
         return x.new_empty(level.shape[0], outputs, x.shape[1]).transpose(1, 2)
     return x.new_empty(level.shape[0], x.shape[1], outputs)
+
+
+@torch.library.register_fake("confprune::grid_mlp")  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor,
+    level: Tensor,
+    rows: Sequence[Tensor],
+    outputs: Sequence[int],
+    blocks: Sequence[int],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    relus: Sequence[bool],
+) -> Tensor:
+    return x.new_empty(level.shape[0], outputs[-1], x.shape[1]).transpose(1, 2)
 
 
 @torch.library.register_fake("confprune::grid_conv")  # type: ignore[untyped-decorator]

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -18,6 +20,8 @@ def prunable_parameters(
     model: nn.Module, parameters: ParameterFilter | None = None
 ) -> dict[str, nn.Parameter]:
     """The parameters to prune, by name, in the model's order; tied ones once, by their first name.
+
+    Those without any element are left out: there is nothing in them to prune.
 
     Parameters
     ----------
@@ -47,11 +51,6 @@ def prunable_parameters(
         chosen = {n: p for n, p in model.named_parameters() if parameters(n, p)}
     else:
         chosen = _named(model, parameters)
-    if not chosen:
-        raise ValueError(
-            "the model has no prunable weights: it holds no Linear or Conv layer, or parameters= "
-            "chose none; name them with parameters=[...] or a predicate (name, parameter) -> bool"
-        )
     for name, parameter in chosen.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is lazy: run the model once before pruning it")
@@ -65,13 +64,44 @@ def prunable_parameters(
                 f"parameter {name!r} is {parameter.dtype}; float32, float64, float16 and bfloat16 "
                 "can be pruned: leave it out with parameters="
             )
+    chosen = {name: parameter for name, parameter in chosen.items() if parameter.numel() > 0}
+    if not chosen:
+        raise ValueError(f"the model has no prunable weights: {_why_none(model)}")
     return chosen
 
 
+def _why_none(model: nn.Module) -> str:
+    """Why a model has no weights to prune, where its layers are of a known other kind."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"layer {name!r} is TorchScript: give the module that was scripted or traced"
+        kind = type(module).__module__
+        if kind.startswith(_QUANTIZED):
+            return (
+                f"{_layer(name)} is quantized ({type(module).__name__} of torch.ao), its weights "
+                "are packed: give the network as it was before, and quantize the pruned one"
+            )
+        if kind.startswith("confprune.sparse"):
+            return (
+                f"{_layer(name)} is compressed: give the network as it was before, or "
+                "confprune.sparse.decompress(model)"
+            )
+    return (
+        "it holds no Linear or Conv layer with weights, or parameters= chose none; name them with "
+        "parameters=[...] or a predicate (name, parameter) -> bool"
+    )
+
+
+def _layer(name: str) -> str:
+    return f"layer {name!r}" if name else "the model"
+
+
 def check_module(model: object) -> None:
-    """Raise TypeError for what is no module."""
+    """Raise TypeError for what is no module, or one whose weights cannot be reached."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is TorchScript: give the module that was scripted or traced")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -108,6 +138,11 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters with these names; a tied parameter answers to each of its names."""
     if isinstance(names, str):
         raise TypeError(f"parameters must be a collection of names, got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(
+            "parameters must be names, or a predicate (name, parameter) -> bool, got "
+            f"{type(names).__name__}"
+        )
     every = dict(model.named_parameters(remove_duplicate=False))
     wanted = set()
     for name in names:

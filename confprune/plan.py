@@ -109,7 +109,7 @@ def pilot(
 
 
 def report(simulation: Simulation, risks: FloatArray, alpha: float, delta: float) -> str:
-    """The simulation with the levels around the border, in plain text.
+    """The simulation with the levels around the border, and the one wished for, in plain text.
 
     Parameters
     ----------
@@ -129,17 +129,20 @@ def report(simulation: Simulation, risks: FloatArray, alpha: float, delta: float
     >>> grid, risks = curve([(0.0, 0.0), (0.8, 0.2)], [0.0, 0.2, 0.4, 0.6, 0.8])
     >>> print(report(confprune.simulate(grid, risks, 0.07, 0.1, n=500), risks, 0.07, 0.1))
     with 500 examples
-      expected certified sparsity     0.131
+      expected certified sparsity     0.121
       certified with probability 0.9  0.000
-      losses to evaluate              100.0% of examples x levels
+      losses to evaluate              26.0% of examples x levels
     <BLANKLINE>
       sparsity    risk  certified with probability
          0.000  0.0000                       1.000
-         0.200  0.0500                       0.655
+         0.200  0.0500                       0.605
          0.400  0.1000                       0.000
     """
     lines = [repr(simulation), "", "  sparsity    risk  certified with probability"]
-    for j in _border(simulation.probabilities):
+    shown = set(_border(simulation.probabilities))
+    if simulation.wished is not None:
+        shown.update(np.flatnonzero(simulation.sparsities >= simulation.wished)[:1].tolist())
+    for j in sorted(shown):
         sparsity, probability = simulation.sparsities[j], simulation.probabilities[j]
         lines.append(f"  {sparsity:8.3f}  {risks[j]:.4f}  {probability:26.3f}")
     needed = required_n(alpha, delta)

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from confprune.batches import (
+    check_independent,
     example_count,
     order_length,
     ordering_size,
@@ -18,8 +21,9 @@ from confprune.losses import Loss
 from confprune.risk.bounds import required_n
 from confprune.risk.inputs import check_probability
 from confprune.risk.looks import LookPlan, default_looks
+from confprune.risk.procedures import Procedure
 from confprune.risk.pvalues import PVALUES
-from confprune.risk.testing import Procedure
+from confprune.risk.sequential import looks_possible
 from confprune.risks import Groups, Risk, Target, resolve_targets
 
 GUARANTEES = ("risk", "expectation", "monotone")
@@ -81,10 +85,16 @@ class Question:
             self._check_plain(ways)
         if isinstance(self.looks, LookPlan):
             self._check_plan(self.looks, data, ways)
+        check_independent(data)
         self._check_order(data, targets, ways)
         count = self._count(data)
         if count is not None:
             self.check_enough(count)
+
+    def check_procedure(self, candidates: int) -> None:
+        """Raise for a procedure of the caller's own that does not do, before the work."""
+        if self.guarantee == "risk" and not self.procedure.needs:
+            self.procedure.test(np.ones(candidates), self.delta)
 
     def check_enough(self, n: int, group: str | None = None) -> None:
         """Raise ValueError where `n` examples cannot certify even a zero loss."""
@@ -114,6 +124,12 @@ class Question:
                 )
 
     def _check_plan(self, plan: LookPlan, data: Any, ways: int) -> None:
+        if not looks_possible(self.procedure, self.pvalue):
+            raise ValueError(
+                f"looks cannot be taken with procedure {self.procedure.name!r} and pvalue "
+                f"{self.pvalue!r}: pass looks=None, or a procedure and a p-value by name that "
+                "can be tested early"
+            )
         if abs(plan.delta - self.delta) > 1e-12:
             raise ValueError(
                 f"looks were planned for delta={plan.delta:g}, but delta={self.delta:g}; plan them "
@@ -134,7 +150,7 @@ class Question:
             return
         anytime = any(PVALUES[target.pvalue].anytime for target in targets)
         for setting, given in (
-            ("looks", isinstance(self.looks, LookPlan)),
+            ("looks=", isinstance(self.looks, LookPlan)),
             (f"pvalue={self.pvalue!r}", anytime),
             ("more than one scope or criterion", ways > 1),
         ):
@@ -149,9 +165,7 @@ class Question:
         """Whether to look early at n examples (None: not known) in random order."""
         if self.looks != "auto":
             return self.looks is not None
-        asymptotic = self.pvalue in PVALUES and PVALUES[self.pvalue].asymptotic
-        sequential = self.procedure.chain or self.procedure.bonferroni_start
-        return n is not None and random and sequential and not asymptotic
+        return n is not None and random and looks_possible(self.procedure, self.pvalue)
 
     def plan(self, n: int | None, targets: Sequence[Target]) -> LookPlan:
         """The looks at n examples."""

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from confprune.batches import batch_length, targets_of
+from confprune.batches import batch_length
+from confprune.calling import targets_of
 from confprune.losses import Loss, LossLike, Reference, resolve_loss
 from confprune.risk.inputs import check_probability
 from confprune.risk.pvalues import resolve_pvalue
@@ -68,6 +69,10 @@ def resolve_risks(
         loss = alpha = None
     if loss is not None or alpha is not None:
         raise ValueError("risks= was given beside loss= or alpha=; put them all into risks=")
+    if not isinstance(risks, Sequence):
+        raise TypeError(
+            f"risks must be a list, such as [Risk(loss, alpha), ...], got {type(risks).__name__}"
+        )
     if not risks:
         raise ValueError("risks is empty; give at least one Risk(loss, alpha)")
     for risk in risks:

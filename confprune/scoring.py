@@ -7,14 +7,13 @@ are taken off the calibration data before anything else is done with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from confprune.batches import (
-    Forward,
     check_data,
     example_count,
     is_batched,
@@ -22,6 +21,7 @@ from confprune.batches import (
     permutable,
     random_order,
 )
+from confprune.calling import Forward
 from confprune.certificate.evidence import ScoreData
 from confprune.criteria import Criterion, Statistics
 from confprune.input_norms import input_norms
@@ -107,10 +107,17 @@ def plan_scoring(
 
     Raises
     ------
+    TypeError
+        If `statistics` is no mapping.
     ValueError
         If score data shares examples with the calibration data, is given in vain, or is needed and
         cannot be taken off the data; if statistics of unknown data are given.
     """
+    if statistics is not None and not isinstance(statistics, Mapping):
+        raise TypeError(
+            "statistics must be a mapping from names to statistics, such as {'deviation': "
+            f"observer.deviations()}}, got {type(statistics).__name__}"
+        )
     given = statistics or {}
     needs = list(dict.fromkeys(need for criterion in criteria for need in criterion.needs))
     measured = tuple(need for need in needs if need in MEASURED)

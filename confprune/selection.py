@@ -219,7 +219,7 @@ def _interpolate(
     keys = collect_keys(scores, key, inside.prefixes, inside.shift, low, high, 2 * limit, below)
     if ranks.sum(np.array([len(keys)]))[0] > 2 * limit:
         return None
-    keys, below = _sorted(ranks.concatenate(keys)), ranks.sum(below)
+    keys, below = _sorted(ranks.concatenate(keys), key), ranks.sum(below)
     start, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, "right")
     at = start[row] + inside.rank - below[row] - 1
     if np.any((at < start[row]) | (at >= stop[row])):
@@ -229,9 +229,10 @@ def _interpolate(
     return cut, below[row] + left - start[row], right - left
 
 
-def _sorted(keys: np.ndarray) -> np.ndarray:
-    """Sorted, by torch: several times as fast as NumPy's vectors are on some processors."""
-    return torch.from_numpy(keys).sort().values.numpy()
+def _sorted(keys: np.ndarray, key: torch.dtype) -> np.ndarray:
+    """Sorted, on one thread: torch's threads wait for each other often, and long on a busy core."""
+    narrow = np.int32 if KEY_BITS[key] < 32 else np.int64  # half the bytes, twice as fast
+    return np.sort(keys.astype(narrow)).astype(np.int64)
 
 
 def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> dict[str, Tensor]:

@@ -118,15 +118,17 @@ void check_product(const Tensor& x, const Follow& follow, const Tensor& level, a
   check_per_output(follow.shift, "bias", outputs);
 }
 
-// Returns whether the residual, and the ReLU after it, are still to be taken.
-bool multiply(GridProduct& product, const Tensor& x, const Follow& follow, const Tensor& level,
-              at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
-  if (x.numel() == 0 || outputs == 0 || level.numel() == 0)
-    return false;
+// What a product reads by pointer.
+struct PerOutput {
+  Tensor scale, shift;
+};
+
+PerOutput set_layer(GridProduct& product, const Follow& follow, const Tensor& level,
+                    at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
   const auto per_output = [&](const std::optional<Tensor>& values) {
     return values.has_value() ? values->to(rows[0].scalar_type()).contiguous() : Tensor();
   };
-  const Tensor scale = per_output(follow.scale), shift = per_output(follow.shift);
+  const PerOutput kept{per_output(follow.scale), per_output(follow.shift)};
   product.rows = {rows[0].const_data_ptr(),
                   rows[1].const_data_ptr<int16_t>(),
                   rows[2].const_data_ptr<int64_t>(),
@@ -136,24 +138,20 @@ bool multiply(GridProduct& product, const Tensor& x, const Follow& follow, const
                   block,
                   (row_size + block - 1) / block,
                   rows[3].size(0)};
-  product.scale = scale.defined() ? scale.const_data_ptr() : nullptr;
-  product.shift = shift.defined() ? shift.const_data_ptr() : nullptr;
+  product.scale = kept.scale.defined() ? kept.scale.const_data_ptr() : nullptr;
+  product.shift = kept.shift.defined() ? kept.shift.const_data_ptr() : nullptr;
   product.relu = follow.relu;
   product.levels = level.const_data_ptr<int64_t>();
   product.num_levels = level.numel();
-  // Rows in blocks would be walked once a block and level, so nothing is gained by sharing.
-  product.shared = x.size(0) == 1 && product.rows.blocks == 1;
-  if (x.size(0) == 1)
-    product.x.level_stride = 0;
-  product.wide = x.scalar_type() == at::kDouble;
-  std::atomic<bool> finite{true};
-  product.finite = &finite;
+  product.wide = rows[0].scalar_type() == at::kDouble;
+  return kept;
+}
 
-  const int threads = at::get_num_threads();
-  const GridPlan plan(product, threads);
-  const int64_t tasks = plan.tasks();
+// Runs a plan's tasks on all threads. The layers' products note here where x is not finite.
+template <class Plan>
+void run_tasks(const Plan& plan, int64_t tasks, const std::atomic<bool>& finite) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
     // Kept from call to call: fresh pages cost more than the products of a small layer.
     thread_local std::vector<char> scratch;
     scratch.resize(std::max<size_t>(scratch.size(), size_t(plan.scratch_bytes()) + 64));
@@ -164,6 +162,22 @@ bool multiply(GridProduct& product, const Tensor& x, const Follow& follow, const
   });
   // A pruned weight times infinity is NaN in the masked network; here it would be left out.
   TORCH_CHECK(finite, "x holds infinity or NaN, which pruned weights would hide");
+}
+
+// Returns whether the residual, and the ReLU after it, are still to be taken.
+bool multiply(GridProduct& product, const Tensor& x, const Follow& follow, const Tensor& level,
+              at::TensorList rows, int64_t outputs, int64_t row_size, int64_t block) {
+  if (x.numel() == 0 || outputs == 0 || level.numel() == 0)
+    return false;
+  const PerOutput kept = set_layer(product, follow, level, rows, outputs, row_size, block);
+  // Rows in blocks would be walked once a block and level, so nothing is gained by sharing.
+  product.shared = x.size(0) == 1 && product.rows.blocks == 1;
+  if (x.size(0) == 1)
+    product.x.level_stride = 0;
+  std::atomic<bool> finite{true};
+  product.finite = &finite;
+  const GridPlan plan(product, at::get_num_threads());
+  run_tasks(plan, plan.tasks(), finite);
   return plan.leaves_residual();
 }
 
@@ -179,6 +193,10 @@ Activation activation_of(const Tensor& tensor, int spatial) {
   return activation;
 }
 
+Convolution linear(int64_t inputs) {
+  return {inputs, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+}
+
 Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& level,
                    at::TensorList rows, int64_t outputs, int64_t block, bool batch_minor,
                    const std::optional<Tensor>& scale, bool relu) {
@@ -189,12 +207,49 @@ Tensor grid_linear(const Tensor& x, const std::optional<Tensor>& bias, const Ten
   Tensor y = batch_minor ? at::empty({K, outputs, N}, x.options()).transpose(1, 2)
                          : at::empty({K, N, outputs}, x.options());
   GridProduct product{};
-  product.convolution = {x.size(2), 1,         {1, 1, 1}, {1, 1, 1},
-                         {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  product.convolution = linear(x.size(2));
   product.x = activation_of(x, 0);
   product.y = activation_of(y, 0);
   product.batch = N;
   multiply(product, x, follow, level, rows, outputs, x.size(2), block);
+  return y;
+}
+
+Tensor grid_mlp(const Tensor& x, const Tensor& level, at::TensorList rows, at::IntArrayRef outputs,
+                at::IntArrayRef blocks, const c10::List<std::optional<Tensor>>& biases,
+                const c10::List<std::optional<Tensor>>& scales, const c10::List<bool>& relus) {
+  const size_t count = outputs.size();
+  TORCH_CHECK_VALUE(
+      count >= 2 && rows.size() == 4 * count && blocks.size() == count && biases.size() == count &&
+          scales.size() == count && relus.size() == count,
+      "grid_mlp takes rows, outputs, block, bias, scale and relu of two layers or more");
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == 1, "grid_mlp takes x [1, N, in], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble,
+                    "grid_mlp computes in float32 or float64, got ", x.scalar_type());
+  std::vector<GridProduct> products(count);
+  std::vector<PerOutput> kept;
+  std::atomic<bool> finite{true};
+  for (size_t i = 0; i < count; ++i) {
+    const Follow follow{scales.get(i), biases.get(i), std::nullopt, relus.get(i)};
+    const int64_t inputs = i == 0 ? x.size(2) : outputs[i - 1];
+    const at::TensorList own = rows.slice(4 * i, 4);
+    check_product(x, follow, level, own, outputs[i], inputs, blocks[i]);
+    GridProduct& product = products[i];
+    kept.push_back(set_layer(product, follow, level, own, outputs[i], inputs, blocks[i]));
+    product.convolution = linear(inputs);
+    product.batch = x.size(1);
+    product.shared = i == 0;
+    product.finite = &finite;
+  }
+  const GridProduct& first = products.front();
+  TORCH_CHECK_VALUE(first.rows.blocks == 1, "grid_mlp takes a first layer with rows of one block");
+  Tensor y = at::empty({level.numel(), outputs.back(), x.size(1)}, x.options()).transpose(1, 2);
+  if (y.numel() == 0)
+    return y;
+  products.front().x = activation_of(x, 0);
+  products.back().y = activation_of(y, 0);
+  const MlpPlan plan(products, at::get_num_threads());
+  run_tasks(plan, plan.parts(), finite);
   return y;
 }
 
@@ -279,6 +334,9 @@ TORCH_LIBRARY_FRAGMENT(confprune, m) {
       "grid_linear(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
       "bool batch_minor, Tensor? scale=None, bool relu=False) -> Tensor");
   m.def(
+      "grid_mlp(Tensor x, Tensor level, Tensor[] rows, int[] outputs, int[] blocks, "
+      "Tensor?[] biases, Tensor?[] scales, bool[] relus) -> Tensor");
+  m.def(
       "grid_conv(Tensor x, Tensor? bias, Tensor level, Tensor[] rows, int outputs, int block, "
       "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
       "Tensor? scale=None, bool relu=False, Tensor? residual=None) -> Tensor");
@@ -288,5 +346,6 @@ TORCH_LIBRARY_IMPL(confprune, CPU, m) {
   m.impl("masked_weights", confprune::masked_weights);
   m.impl("prefix_rows", confprune::prefix_rows);
   m.impl("grid_linear", confprune::grid_linear);
+  m.impl("grid_mlp", confprune::grid_mlp);
   m.impl("grid_conv", confprune::grid_conv);
 }

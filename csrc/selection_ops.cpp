@@ -20,6 +20,8 @@ using at::Tensor;
 
 constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
+constexpr int64_t kBlock =
+    1 << 18;  // elements handed out at a time: many more than start a reading
 
 Source source_of(const Tensor& tensor, const char* argument) {
   TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),
@@ -36,17 +38,31 @@ Source source_of(const Tensor& tensor, const char* argument) {
   return source;
 }
 
+int64_t threads_for(int64_t size) {
+  return size < kSerial ? 1 : at::get_num_threads();
+}
+
 // Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
 // thread.
 template <class Body>
-int64_t parts(int64_t size, Body body) {
-  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
-  const int64_t step = (size + threads - 1) / std::max<int64_t>(1, threads);
+void parts(int64_t size, Body body) {
+  const int64_t threads = threads_for(size);
+  const int64_t step = (size + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       body(part, std::min(size, part * step), std::min(size, (part + 1) * step));
   });
-  return threads;
+}
+
+// Calls body(blocks) once for each thread; together they take all blocks of [begin, end).
+template <class Body>
+void share(int64_t begin, int64_t end, Body body) {
+  const int64_t threads = threads_for(end - begin);
+  Blocks blocks(begin, end, std::clamp((end - begin) / (8 * threads), kSerial / 8, kBlock));
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      body(blocks);
+  });
 }
 
 std::vector<uint64_t> prefixes_of(const Tensor& prefixes, int bits) {
@@ -61,24 +77,23 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
                          int64_t shift, int64_t digit_bits, Tensor& counts) {
   const Element key_element = check_digit(scores, key, prefixes, shift, digit_bits, counts);
   const int prefix_bits = key_bits(key_element) - int(shift) - int(digit_bits);
-  const int64_t cells = counts.numel();
+  const int64_t cells = counts.numel(), size = scores.numel();
   const Digit digit{key_element, int(shift), int(digit_bits), prefixes_of(prefixes, prefix_bits)};
   const Source source = source_of(scores, "scores");
   int64_t* total = counts.data_ptr<int64_t>();
-  if (scores.numel() < kSerial)
-    return histogram(source, 0, scores.numel(), digit, total);
-
+  if (size < kSerial) {
+    Blocks all(0, size, size);
+    return histogram(source, all, digit, total);
+  }
   std::mutex adding;
-  parts(scores.numel(), [&](int64_t, int64_t begin, int64_t end) {
-    std::unique_ptr<uint32_t[]> own(new uint32_t[cells]);
-    for (int64_t at = begin; at < end; at += kFlush) {
-      std::fill(own.get(), own.get() + cells, 0u);
-      histogram(source, at, std::min(end, at + kFlush), digit, own.get());
+  for (int64_t at = 0; at < size; at += kFlush)
+    share(at, std::min(size, at + kFlush), [&](Blocks& blocks) {
+      const std::unique_ptr<uint32_t[]> own(new uint32_t[cells]());
+      histogram(source, blocks, digit, own.get());
       const std::lock_guard<std::mutex> lock(adding);
       for (int64_t cell = 0; cell < cells; ++cell)
         total[cell] += own[cell];
-    }
-  });
+    });
 }
 
 Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
@@ -92,23 +107,19 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
       key_element, int(shift), std::move(wanted), int64_data(low, "low"), int64_data(high, "high"),
       limit};
   const Source source = source_of(scores, "scores");
-  int64_data(below, "below");
-  std::vector<std::vector<int64_t>> found(size_t(at::get_num_threads()) + 1);
+  int64_t* total = below.data_ptr<int64_t>();
+  std::vector<int64_t> found;
   std::mutex adding;
-  const int64_t used = parts(scores.numel(), [&](int64_t part, int64_t begin, int64_t end) {
-    std::vector<int64_t> own(size, 0);
-    collect(source, begin, end, brackets, own.data(), &found[part]);
+  share(0, scores.numel(), [&](Blocks& blocks) {
+    std::vector<int64_t> under(size, 0), own;
+    collect(source, blocks, brackets, under.data(), &own);
     const std::lock_guard<std::mutex> lock(adding);
+    found.insert(found.end(), own.begin(), own.end());
     for (int64_t i = 0; i < size; ++i)
-      below.data_ptr<int64_t>()[i] += own[i];
+      total[i] += under[i];
   });
-  int64_t total = 0;
-  for (const auto& keys : found)
-    total += int64_t(keys.size());
-  Tensor result = at::empty({total}, prefixes.options());
-  int64_t* out = result.data_ptr<int64_t>();
-  for (int64_t part = 0; part < used; ++part)
-    out = std::copy(found[part].begin(), found[part].end(), out);
+  Tensor result = at::empty({int64_t(found.size())}, prefixes.options());
+  std::copy(found.begin(), found.end(), result.data_ptr<int64_t>());
   return result;
 }
 
@@ -143,7 +154,7 @@ Tensor levels_of(const Tensor& scores, const CutTable& table, int64_t num_levels
   const Source source = source_of(scores, "scores");
   Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
   const int64_t size = scores.numel();
-  const int64_t threads = size < kSerial ? 1 : at::get_num_threads();
+  const int64_t threads = threads_for(size);
   std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
   std::copy(rank, rank + cuts_size, equal.begin());
   if (table.any_straddled()) {

@@ -1,4 +1,4 @@
-"""Calibration data in every form people have it, and how a model is called on a batch."""
+"""Calibration data in every form people have it."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
+import confprune
 from confprune.batches import (
     batch_length,
     batches,
-    call,
     check_data,
+    check_independent,
     describe,
     example_count,
     move_batch,
     order_length,
-    padding_mask_of,
     permutable,
     slice_batch,
     take,
-    targets_of,
 )
+from confprune.calling import targets_of
 
 X = torch.arange(14.0).reshape(7, 2)
 Y = torch.arange(7)
@@ -74,6 +75,9 @@ DATA: dict[str, Any] = {
     "list as dataset": lambda: [(X[:4], Y[:4]), (X[4:], Y[4:])],
     "stream": Stream,
     "loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=3),
+    "loader by a batch sampler": lambda: DataLoader(
+        TensorDataset(X, Y), batch_sampler=BatchSampler(SequentialSampler(X), 3, drop_last=False)
+    ),
     "loader of a stream": lambda: DataLoader(Stream(), batch_size=3),
     "list": lambda: [X[:3], X[3:]],
     "tuple of batches": lambda: ((X[:3], Y[:3]), (X[3:], Y[3:])),
@@ -116,10 +120,15 @@ def test_the_number_of_examples_of_a_loader_is_that_of_its_sampler():
     assert example_count(DataLoader(dataset, batch_size=2, drop_last=True)) == 6
     weighted = WeightedRandomSampler(torch.ones(7), 4)
     assert example_count(DataLoader(dataset, batch_size=2, sampler=weighted)) == 4
-    by_batches = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
-    loader = DataLoader(dataset, batch_sampler=by_batches)
+    part = SubsetRandomSampler([4, 0, 2])
+    for drop_last, count in [(False, 3), (True, 2)]:
+        by_batches = BatchSampler(part, 2, drop_last=drop_last)
+        loader = DataLoader(dataset, batch_sampler=by_batches)
+        assert example_count(loader) == count
+        assert sum(batch_length(batch) for batch in batches(loader)) == count
+    loader = DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]])
     assert example_count(loader) is None
-    assert len(list(batches(loader))) == 4
+    assert len(list(batches(loader))) == 2
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "dataset", "stream", "subset"])
@@ -132,6 +141,12 @@ def test_data_that_is_not_in_batches_is_cut_into_some(kind):
 def test_a_batch_size_for_data_in_batches_is_refused(kind):
     with pytest.raises(ValueError, match=r"batch_size=3 was given, .* in batches already; leave"):
         list(batches(DATA[kind](), batch_size=3))
+
+
+def test_a_batch_size_may_come_from_numpy():
+    for data in (X, TensorDataset(X)):
+        sizes = [batch_length(batch) for batch in batches(data, batch_size=np.int64(4))]
+        assert sizes == [4, 3]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])
@@ -181,7 +196,7 @@ def test_what_is_no_data_is_refused(data):
         ([1, 2, 3], "got a int"),
         (iter(["text"]), "got a str"),
         (np.zeros((3, 2)), "got a ndarray: make it tensors with torch.from_numpy"),
-        ([(X, torch.tensor(1))], "one row per example"),
+        ([(X[0], torch.tensor(1))], r"single examples become batches in a DataLoader\(data"),
     ],
 )
 def test_batches_without_a_common_length_are_refused(data, message):
@@ -223,7 +238,17 @@ def test_a_batch_is_moved_in_its_own_structure():
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensor", "tuple", "mapping", "named tuple", "dataset", "subset", "loader"]
+    "kind",
+    [
+        "tensor",
+        "tuple",
+        "mapping",
+        "named tuple",
+        "dataset",
+        "subset",
+        "loader",
+        "loader by a batch sampler",
+    ],
 )
 def test_data_that_can_be_permuted_comes_in_the_order_asked_for(kind):
     data = DATA[kind]()
@@ -257,68 +282,35 @@ def test_a_loader_is_permuted_only_where_it_visits_every_example_once():
     own = BatchSampler(SequentialSampler(dataset), 2, drop_last=False)
     assert permutable(DataLoader(dataset, batch_sampler=own))
     assert not permutable(DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]]))
-
-
-def test_labels_are_found_where_they_usually_are():
-    assert targets_of({"x": X, "label": Y}) is Y
-    assert targets_of({"x": X, "labels": Y, "label": X}) is Y
-    assert targets_of({"x": X}) is None
-    assert targets_of((X, Y)) is Y
-    assert targets_of([X, Y]) is Y
-    assert targets_of((X,)) is None
-    assert targets_of((X, "text")) is None
-    assert targets_of(X) is None
-
-
-def test_padding_is_what_the_attention_mask_leaves_out():
-    mask = torch.tensor([[1, 1, 0]])
-    assert padding_mask_of({"attention_mask": mask}).tolist() == [[True, True, False]]
-    assert padding_mask_of({"attention_mask": mask[None]}) is None
-    assert padding_mask_of({"x": X}) is None
-    assert padding_mask_of((X, Y)) is None
-
-
-class Recorder(nn.Module):
-    """Keeps what it was called with."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.called = (args, kwargs)
-        return X
+    part = BatchSampler(SubsetRandomSampler([0, 2, 4]), 2, drop_last=False)
+    assert not permutable(DataLoader(dataset, batch_sampler=part))
 
 
 @pytest.mark.parametrize(
-    ("batch", "args", "kwargs"),
+    ("sampler", "why"),
     [
-        (X, (X,), {}),
-        ((X, Y), (X,), {}),
-        ([X, Y], (X,), {}),
-        ((X,), (X,), {}),
-        (((X, Y), Y), (X, Y), {}),
-        ({"x": X, "labels": Y}, (), {"x": X}),
-        ({"x": X, "label": Y}, (), {"x": X}),
-        (({"x": X, "z": Y}, Y), (), {"x": X, "z": Y}),
+        (RandomSampler(X, replacement=True), r"RandomSampler\(replacement=True\) gives the same"),
+        (RandomSampler(X, num_samples=50), r"RandomSampler\(num_samples=50\) repeats 7 examples"),
+        (WeightedRandomSampler(torch.ones(7), 7), "WeightedRandomSampler prefers some"),
+        (WeightedRandomSampler(torch.ones(7), 4, replacement=False), "WeightedRandomSampler"),
     ],
 )
-def test_the_model_is_called_with_the_inputs_alone(batch, args, kwargs):
-    model = Recorder()
-    assert call(model, batch, None) is X
-    assert all(a is b for a, b in zip(model.called[0], args, strict=True))
-    assert model.called[1].keys() == kwargs.keys()
-    assert all(value is kwargs[key] for key, value in model.called[1].items())
+@pytest.mark.parametrize("by", ["sampler", "batch_sampler"])
+def test_samplers_that_repeat_or_prefer_examples_do_not_calibrate(sampler, why, by):
+    given = sampler if by == "sampler" else BatchSampler(sampler, 2, drop_last=False)
+    loader = DataLoader(TensorDataset(X), **{by: given})
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=f"data must be independent .*{why}.* without that sampl"):
+        confprune.calibrate(
+            model, loader, loss="disagreement", alpha=0.5, delta=0.5, progress=False
+        )
+    with pytest.raises(ValueError, match=why):
+        confprune.loss_matrix(model, loader, confprune.prune_levels(model, [0.5]), "disagreement")
 
 
-def test_a_batch_of_three_needs_to_be_told_how():
-    with pytest.raises(ValueError, match=r"got 3 values: pass forward=lambda model, batch"):
-        call(Recorder(), (X, X, Y), None)
-    assert call(Recorder(), (X, X, Y), lambda model, batch: model(batch[0])) is X
-
-
-def test_the_scores_of_a_hugging_face_output_are_taken():
-    forward = lambda model, batch: batch  # noqa: E731
-    assert call(Recorder(), {"loss": 1, "logits": X, "last_hidden_state": Y}, forward) is X
-    assert call(Recorder(), {"last_hidden_state": X, "pooler_output": Y}, forward) is X
-    with pytest.raises(TypeError, match="output is a dict, not a tensor"):
-        call(Recorder(), {"hidden": X}, forward)
+@pytest.mark.parametrize("sampler", [RandomSampler(X, num_samples=3), SubsetRandomSampler([1, 5])])
+def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
+    check_independent(DataLoader(TensorDataset(X), sampler=sampler))
 
 
 def test_batches_are_described_in_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import confprune
-from confprune import Loss, calibrate, calibrate_losses, loss_matrix, prune_levels
+from confprune import (
+    LookPlan,
+    Loss,
+    Risk,
+    calibrate,
+    calibrate_losses,
+    loss_matrix,
+    prune_levels,
+)
+from confprune.risk.testing import fixed_sequence, graphical
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"alpha": 0.1, "delta": 0.1, "progress": False}
@@ -155,11 +165,11 @@ def test_the_device_may_be_named(digits):
     assert certificate.certified
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(digits):
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99", torch.device("cuda:99")])
+def test_a_device_that_is_not_there_is_refused(digits, device):
     model, data, _ = digits
-    with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device"):
-        calibrate(model, data, loss="error", device="cuda", **SETTINGS)
+    with pytest.raises(ValueError, match=r"device '\w+:99' cannot be used here \(.*device='cpu'"):
+        calibrate(model, data, loss="error", device=device, **SETTINGS)
 
 
 def test_what_is_no_model_or_no_levels_is_refused(digits):
@@ -217,6 +227,30 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "accuracy"}, "unknown loss 'accuracy': use 'disagreement', 'error'"),
     "pvalue": ({"pvalue": "exact"}, "pvalue .*'exact'.*hoeffding"),
     "procedure": ({"procedure": "sidak"}, "procedure .*'sidak'.*fixed_sequence"),
+    "scalar procedure": (
+        {"procedure": lambda pvalues, delta: 0.5},
+        r"procedure '<lambda>' must return which of the 100 levels .* got float",
+    ),
+    "p-values for a procedure": ({"procedure": lambda p, delta: p}, r"must return .* got float64"),
+    "graph of another grid": (
+        {
+            "procedure": functools.partial(
+                graphical, weights=[1.0, 0.0], transitions=[[0.0, 1.0], [0.0, 0.0]]
+            )
+        },
+        "weights must be 100 non-negative numbers",
+    ),
+    "looks of an own procedure": (
+        {
+            "procedure": functools.partial(fixed_sequence, starts=[0, 50]),
+            "looks": LookPlan((600,), (0.1,), 0.1),
+        },
+        r"looks cannot be taken with procedure 'fixed_sequence\(starts=...\)' and pvalue 'auto'",
+    ),
+    "asymptotic looks": (
+        {"pvalue": "clt", "looks": LookPlan((600,), (0.1,), 0.1)},
+        "looks cannot be taken with procedure 'fixed_sequence' and pvalue 'clt'",
+    ),
     "scopes": ({"scope": 3}, "scope must be a name, or a list of several, got 3"),
     "no criterion": ({"criterion": None}, "criterion must be a name, .* got None"),
     "seed": ({"seed": "lucky"}, "seed must be an integer of at most 64 bits, got 'lucky'"),
@@ -232,9 +266,23 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no sparsities": ({"sparsities": []}, "sparsities must be a non-empty"),
     "parameters": ({"parameters": ["3.weight"]}, "parameters names '3.weight', .* 0.weight"),
     "no parameters": ({"parameters": []}, "no prunable weights"),
+    "text for alpha": ({"alpha": "0.1"}, "alpha must be a number, got '0.1'"),
+    "text for delta": ({"delta": "0.1"}, "delta must be a number, got '0.1'"),
+    "one risk": (
+        {"risks": Risk("error", 0.1), "loss": None, "alpha": None},
+        "risks must be a list, .* got Risk",
+    ),
+    "statistics": ({"statistics": 3}, "statistics must be a mapping .* got int"),
     "batch size": ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
     "device": ({"device": "foo"}, "device must be one that torch knows, .* got 'foo'"),
+    "no device": ({"device": 3.5}, "device must be one that torch knows, .* got 3.5"),
     "budget": ({"activation_bytes": 0}, "activation_bytes must be positive, got 0"),
+    "text budget": (
+        {"activation_bytes": "1G"},
+        "activation_bytes must be a whole number of bytes, such as 1 << 30, got '1G'",
+    ),
+    "fractional budget": ({"activation_bytes": 1e9}, "whole number of bytes, .*, got 1000000000.0"),
+    "forward": ({"forward": 3}, "forward must be a callable .* got 3"),
     "too few": (
         {"alpha": 0.001},
         r"600 examples cannot .* alpha=0.001, .* at least 2302 are needed",

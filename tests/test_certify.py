@@ -333,7 +333,10 @@ class TestCandidates:
         )
         by_graph = calibrate(model, data, procedure=chain, looks=None)
         by_chain = calibrate(model, data, looks=None)
-        assert by_graph.procedure == "graphical"
+        assert by_graph.procedure == "graphical(weights=..., transitions=...)"
+        four = functools.partial(graphical, weights=np.eye(4)[0], transitions=np.eye(4, k=1))
+        by_pattern = calibrate(model, data, procedure=four, pattern="N:4", sparsities=GRID)
+        assert len(by_pattern.sparsities) == 4  # 0 to 3 of each 4
         assert by_graph.rejected == by_chain.rejected
 
 

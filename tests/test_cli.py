@@ -466,8 +466,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_work(folder, capsys, 
         (["--procedure=best"], "procedure"),
         (["--scope=best"], "scope"),
         (["--criterion=best"], "criterion"),
-        (["--device=abacus"], "argument --device"),
-        (["--device=cuda:99"], "argument --device: cannot be used here"),
+        (["--device=abacus"], "argument --device: device must be one that torch knows"),
+        (["--device=cuda:99"], "argument --device: device 'cuda:99' cannot be used here"),
         (["--batch-size=0"], "argument --batch-size"),
         (["--batch-size=many"], "argument --batch-size"),
         (["--sparsities=0:1:10"], "argument --sparsities"),
@@ -522,7 +522,8 @@ def test_plan_says_what_a_guess_leads_to(capsys):
     sparsities, risks, probabilities = rows.astype(float).T
     assert np.allclose(risks, np.interp(sparsities, [0, 0.5, 0.9], [0.001, 0.01, 0.2]), atol=1e-4)
     assert np.all(np.diff(probabilities) <= 0)
-    assert 2 <= len(rows) <= 9
+    assert 0.5 in sparsities  # the one wished for, though it is certified every time
+    assert 2 <= len(rows) <= 10
 
 
 @pytest.mark.parametrize("name", ["pilot.npy", "pilot.csv"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from level_by_level import ANY, DISTANCE, GRID, grid_losses, slow_losses
+from level_by_level import ANY, DISTANCE, GRID, Functions, grid_losses, slow_losses
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -119,18 +119,6 @@ def largest_tensor(model: nn.Module, data: Tensor, **settings: Any) -> int:
     with Largest() as largest:
         loss_matrix(model, data, levels, DISTANCE, progress=False, **settings)
     return largest.bytes
-
-
-class Functions(TorchDispatchMode):
-    """The names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def followed(way: str) -> nn.Module:
@@ -656,6 +644,17 @@ def test_a_budget_must_be_positive(budget):
         )
 
 
+@pytest.mark.filterwarnings("ignore:the levels are evaluated one by one")
+def test_random_outputs_are_said_to_be_random():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5)
+
+    model, x = Noisy(8, 6), torch.randn(9, 8)
+    with pytest.warns(UserWarning, match="outputs are random .*dropout that is on in evaluation"):
+        loss_matrix(model, x, prune_levels(model, GRID), DISTANCE, progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:the outputs of an example depend")
 def test_the_reason_of_a_fallback_is_kept():
     model = Branching()
@@ -768,7 +767,7 @@ def test_large_weights_that_are_not_written_out_do_not_split_the_grid():
 
 
 def test_capacity_fills_the_lanes_with_few_activations_or_is_nothing():
-    model = nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 4))
+    model = nn.Sequential(nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 4))
     examples, one_level = torch.randn(4, 600), 4 * 600 * 4  # four activations of 600 numbers
 
     def capacities(budget):

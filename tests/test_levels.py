@@ -17,6 +17,7 @@ import confprune
 from confprune import criteria, prune_levels
 from confprune.levels import levels_of
 from confprune.parameters import prunable_parameters
+from confprune.sparse import compress
 
 GRID = [0.0, 0.1, 0.35, 0.5, 0.9, 0.99]
 
@@ -287,6 +288,8 @@ def test_an_unknown_parameter_is_refused_with_those_there_are():
         prune_levels(model, GRID, parameters=["0.wait"])
     with pytest.raises(TypeError, match=r"collection of names, got the string '0.weight'"):
         prune_levels(model, GRID, parameters="0.weight")
+    with pytest.raises(TypeError, match=r"parameters must be names, or a predicate .*, got int"):
+        prune_levels(model, GRID, parameters=3)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +303,70 @@ def test_an_unknown_parameter_is_refused_with_those_there_are():
 def test_nothing_to_prune_is_refused(model, parameters):
     with pytest.raises(ValueError, match=r"no prunable weights: .* parameters="):
         prune_levels(model, GRID, parameters=parameters)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per")
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda m: nn.Sequential(nn.ReLU(), torch.jit.script(m)), "layer '1' is TorchScript"),
+        (
+            lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}),
+            r"layer '0' is quantized \(Linear of torch.ao\), .* and quantize the pruned one",
+        ),
+        (
+            lambda m: compress(prune_levels(m, [0.9]).prune(m, 0), kernel="sparse"),
+            "layer '0' is compressed: .* confprune.sparse.decompress",
+        ),
+    ],
+)
+def test_networks_whose_weights_cannot_be_masked_are_told_what_they_are(convert, message):
+    model = nn.Sequential(nn.Linear(128, 128)).eval()
+    with pytest.raises(ValueError, match=f"no prunable weights: {message}"):
+        prune_levels(convert(model), GRID)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "convert", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(2, 8))]
+)
+@pytest.mark.parametrize("use", [lambda m: prune_levels(m, GRID), compress])
+def test_torchscript_is_refused(convert, use):
+    with pytest.raises(TypeError, match="model is TorchScript: give the module that was scripted"):
+        use(convert(nn.Sequential(nn.Linear(8, 8))))
+
+
+class WithEmpty(nn.Module):
+    """A layer whose every output has been taken away beside ones that are whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.empty, self.head = nn.Linear(8, 6), nn.Linear(8, 0), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.whole(x), self.empty(x)], dim=-1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("criterion", ["magnitude", "lamp", "erdos_renyi_kernel", "random"])
+def test_empty_weights_are_left_out(scope, criterion):
+    model = WithEmpty()
+    levels = prune_levels(model, GRID, scope=scope, criterion=criterion)
+    assert list(levels.levels) == ["whole.weight", "head.weight"]
+    certificate = confprune.calibrate(
+        model,
+        torch.randn(60, 8),
+        loss="disagreement",
+        alpha=0.3,
+        delta=0.3,
+        scope=scope,
+        criterion=criterion,
+        progress=False,
+    )
+    assert certificate.prune(model).empty.weight.shape == (0, 8)
+    with pytest.raises(ValueError, match="no Linear or Conv layer with weights"):
+        prune_levels(nn.Linear(8, 0), GRID)
 
 
 def test_only_modules_have_levels():

@@ -9,7 +9,7 @@ import pytest
 import confprune
 from confprune.arguments import parser
 from confprune.question import GUARANTEES
-from confprune.risk import pvalues, testing
+from confprune.risk import procedures, pvalues
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -73,6 +73,6 @@ def test_picture_is_there():
 
 def test_procedures_and_guarantees_are_named():
     # The others need what calibrate does not take.
-    usable = {n for n, p in testing.PROCEDURES.items() if p.needs in ((), ("order",))}
+    usable = {n for n, p in procedures.PROCEDURES.items() if p.needs in ((), ("order",))}
     text = README.read_text()
     assert all(f'`"{name}"`' in text for name in {*usable, *GUARANTEES})

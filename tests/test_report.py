@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from certificates import certify, controlled, of_parts, part, pruning_of, small_network
+from torch import nn
 
 from confprune.certificate import Certificate, Looks
 from confprune.risk.pvalues import PVALUES
@@ -53,6 +54,36 @@ def test_the_report_shows_the_levels_around_the_certified_one():
     assert rows[3][1] == "45.0"
     assert rows[3][-1] == "certified"
     assert rows[4][-2:] == ["not", "certified"]
+    assert rows[5][-2:] == rows[6][-2:] == ["not", "reached"]
+
+
+def test_levels_behind_the_first_failure_are_said_not_to_be_reached():
+    """However good they look: a rejected level behind a failure is no certified one."""
+    certificate = certify([0, 40, 0, 0], sparsities=[0.2, 0.4, 0.6, 0.8])
+    text = unwrapped(certificate)
+    why = "up to the first that is not certified: those behind it are not reached, however small"
+    assert why in text
+    rows = rows_of(str(certificate), "    sparsity")
+    assert [row[-2:] for row in rows[1:]] == [["not", "certified"]] + 2 * [["not", "reached"]]
+    for other in ("holm", "graphical(weights=..., transitions=...)"):
+        assert "reached" not in str(dataclasses.replace(certificate, procedure=other))
+    assert "reached" not in str(certify([0, 40], sparsities=[0.2, 0.4]))
+
+
+def test_a_learned_order_may_have_failed_elsewhere():
+    """A small p-value that is not certified comes after the failure of another candidate."""
+    certificate = dataclasses.replace(
+        certify([0, 0], sparsities=[0.2, 0.4]),
+        procedure="split_fixed_sequence",
+        rejected=(True, False),
+    )
+    assert rows_of(str(certificate), "    sparsity")[1][-2:] == ["not", "reached"]
+
+
+def test_one_weight_is_singular():
+    text = unwrapped(certify([0], pruning=pruning_of(nn.Linear(1, 1))))
+    assert "Pruned are the 1 weight of 1 parameter (scope" in text
+    assert "testing of 1 level." in text
 
 
 def test_the_report_tells_close_sparsities_apart():

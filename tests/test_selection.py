@@ -189,6 +189,32 @@ def test_magnitudes_over_many_octaves(octaves):
     check(scores, some_counts(70_001, 50))
 
 
+@pytest.mark.parametrize("size", [300, 70_001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_collected_keys_are_those_from_end_to_end_of_their_brackets(dtype, size):
+    scores = torch.randn(size).to(dtype)
+    shift = selection.KEY_BITS[dtype] - 8
+    keys = scores.abs().view(INTEGERS[dtype]).to(torch.int64).numpy()
+    prefixes, first = np.unique(np.sort(keys) >> shift, return_index=True)
+    start, some = prefixes << shift, np.sort(keys)[first]
+    ends = {  # all of a bin, one key, none, and more than a key can be
+        "whole": (start, start + (1 << shift) - 1),
+        "one": (some, some),
+        "none": (some + 1, some),
+        "more": (start - (1 << 20), start + (1 << 61)),
+    }
+    for low, high in ends.values():
+        below = np.full(len(prefixes), 3)
+        found = selection.collect_keys(
+            {"w": scores}, dtype, prefixes, shift, low, high, size, below
+        )
+        row = np.searchsorted(prefixes, keys >> shift)
+        inside = (keys >= low[row]) & (keys <= high[row])
+        np.testing.assert_array_equal(np.sort(found), np.sort(keys[inside]))
+        under = np.bincount(row[keys < low[row]], minlength=len(prefixes))
+        np.testing.assert_array_equal(below, 3 + under)
+
+
 def test_a_bin_may_hold_many_cuts():
     # Within 1 % of one another; every other weight is far away.
     near = 1 + torch.rand(40_000) / 100

@@ -237,6 +237,14 @@ class TestFiles:
         with pytest.raises(ValueError, match="has format 2, this version reads 1"):
             load_sparse(path, network())
 
+    def test_a_compressed_network_is_no_checkpoint_to_prune(self, tmp_path):
+        save_sparse(small(pruned(network())), tmp_path / "small.safetensors")
+        for source in (tmp_path, tmp_path / "small.safetensors"):
+            with pytest.raises(ValueError, match="holds a compressed network"):
+                confprune.checkpoint.prune(
+                    source, tmp_path / "out.safetensors", sparsity=0.5, include=["*"]
+                )
+
     @pytest.mark.parametrize("damage", ["missing", "short", "surplus"])
     def test_damaged_bitmaps_are_refused(self, tmp_path, damage):
         path = tmp_path / "small.safetensors"
@@ -318,6 +326,8 @@ class TestCertificates:
         with pytest.raises(ValueError, match=r"for another network: the values of parameter"):
             against_full.verify(network(), labelled[0], progress=False, full=network())
         masked = against_full.prune(network())
+        with pytest.raises(ValueError, match="if it is pruned already, pass full="):
+            against_full.verify(masked, labelled[0], progress=False)
         risk = against_full.verify(masked, labelled[0], progress=False, full=network())
         assert risk == pytest.approx(against_full.risk, abs=2 / 300 + 1e-3)
         other = network()
@@ -534,7 +544,45 @@ class TestOnnx:
             export_onnx(network(), torch.randn(2, 3, 8), tmp_path / "model.onnx")
 
 
-def test_what_is_no_certificate_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.load"):
-        save_sparse(nn.Linear(2, 2), tmp_path / "small.safetensors", "certificate.json")
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("save", [save_sparse, confprune.checkpoint.save])
+class TestCertificatesOfOtherNetworks:
+    """Neither file takes the promise of a network that it does not hold."""
+
+    def test_what_is_no_certificate_is_refused(self, tmp_path, save):
+        with pytest.raises(TypeError, match=r"got str: read a file with confprune.Certificate.loa"):
+            save(nn.Linear(2, 2), tmp_path / "small.safetensors", "certificate.json")
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda certified: nn.Linear(2, 2), r"parameter '0.weight' is missing"),
+            (lambda certified: pruned(network(5)), r"parameter '3.weight' has shape \[5, 256\]"),
+            (lambda certified: certified.prune(network()).half(), "'0.weight' has dtype float16"),
+            (lambda certified: network(), "0 of 1,312 weights are zero"),
+        ],
+    )
+    def test_another_network_is_refused(self, tmp_path, against_full, save, make, message):
+        with pytest.raises(ValueError, match=f"is for another network: .*{message}"):
+            save(make(against_full), tmp_path / "small.safetensors", against_full)
+        assert os.listdir(tmp_path) == []
+
+    def test_where_nothing_was_certified_the_network_is_whole(self, tmp_path, labelled, save):
+        nothing = confprune.calibrate(
+            network(),
+            labelled[0],
+            loss="cosine",
+            alpha=1e-2,
+            delta=0.1,
+            progress=False,
+            sparsities=[0.9, 0.95],
+            looks=None,
+        )
+        assert not nothing.certified
+        save(network(), tmp_path / "small.safetensors", nothing)
+        with pytest.raises(ValueError, match="is for another network"):
+            save(network(5), tmp_path / "small.safetensors", nothing)
+
+    def test_a_certificate_of_bare_losses_fits_any_network(self, tmp_path, save):
+        bare = confprune.calibrate_losses(np.zeros((99, 1)), [0.5], alpha=0.05, delta=0.1)
+        save(network(), tmp_path / "small.safetensors", bare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -16,8 +17,11 @@ import confprune
 from confprune import Risk, VerificationError
 from confprune.certificate import Certificate
 from confprune.certificate.verification import plain_risk
+from confprune.risk.testing import fixed_sequence, split_fixed_sequence
 
 ALPHA, DELTA = 0.2, 0.1
+AT_TWO_STARTS = functools.partial(fixed_sequence, starts=[0, 3])
+IN_OTHER_ORDER = functools.partial(split_fixed_sequence, order=[0, 2, 1, *range(3, 20)])
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,8 @@ def gap(outputs, reference):
         ({"accept": sure}, ("accept",)),
         ({"accept": confprune.confident(0.4, of="full"), "groups": parity}, ("accept", "groups")),
         ({"scope": ["global", "layer"]}, ()),
+        ({"procedure": AT_TWO_STARTS, "pvalue": "hoeffding"}, ()),
+        ({"procedure": IN_OTHER_ORDER}, ()),
         ({"guarantee": "expectation"}, ()),
         ({"guarantee": "monotone"}, ()),
     ],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from confprune.certificate.promise import sparsity_text
+from confprune.certificate.promise import in_order, sparsity_text
 from confprune.risk.pvalues import PVALUES
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def _significance(certificate: Certificate) -> float:
     """The significance at which the procedure tests its first hypothesis, at the last look."""
     delta = certificate.delta
     assert delta is not None
-    chain = ("fixed_sequence", "split_fixed_sequence")
-    if certificate.guarantee == "risk" and certificate.procedure not in chain:
+    if certificate.guarantee == "risk" and not in_order(certificate):
         delta /= len(certificate.sparsities)
     kind = PVALUES.get(certificate.pvalue)
     # The exact test and betting do not pay for each look.

@@ -16,7 +16,7 @@ from torch import nn
 
 from confprune.certificate import file as certificate_file
 from confprune.certificate.consistency import check_consistent, is_of
-from confprune.certificate.deployed import why_another
+from confprune.certificate.deployed import check_deployed
 from confprune.certificate.evidence import (
     Looks,
     Part,
@@ -25,14 +25,12 @@ from confprune.certificate.evidence import (
     first_obstacle,
     plain_floats,
 )
-from confprune.certificate.fingerprint import difference, fingerprint
+from confprune.certificate.pruning import check_same_weights, pruned_copy
 from confprune.certificate.report import report
 from confprune.certificate.verification import VerificationError, verify
 from confprune.criteria import Statistics
 from confprune.files import written_whole
-from confprune.levels import prune_levels
 from confprune.losses import LossLike
-from confprune.parameters import check_module
 from confprune.risks import Accept, Groups
 from confprune.sparse.modules import is_compressed
 
@@ -306,13 +304,14 @@ class Certificate:
             difference is named), or the certificate was made from a bare loss matrix and does not
             know how to prune.
         """
-        self._check_same_weights(model, "prune")
+        pruning = self._pruning_for("prune")
+        check_same_weights(pruning, model)
         if not self.certified:
             warnings.warn(
                 "nothing was certified: the network is returned as an unpruned copy", stacklevel=2
             )
             return copy.deepcopy(model)
-        return self._pruned(model, self.sparsity, statistics)
+        return pruned_copy(pruning, model, self.sparsity, statistics)
 
     def verify(
         self,
@@ -371,24 +370,25 @@ class Certificate:
             As for `prune`; if nothing was certified; if a loss, the groups, the acceptance rule or
             `full` is needed or is another one.
         """
+        pruning = self._pruning_for("verify")
         deployed = full is not None or is_compressed(model)
         original = full if deployed else model
         if original is not None:
-            self._check_same_weights(original, "verify")
+            pruned_alone = "; if it is pruned already, pass full=, the network that was calibrated"
+            check_same_weights(pruning, original, "" if deployed else pruned_alone)
 
         def network(level: int) -> nn.Module:
             if deployed and level == self.level:
                 return model
             if original is None:
                 raise ValueError("a monotonised loss takes every level: pass full=")
-            return self._pruned(original, self.sparsities[level], statistics)
+            return pruned_copy(pruning, original, self.sparsities[level], statistics)
 
         if deployed and self.certified:
-            self._pruning_for("verify")
-            pruned = None if full is None else self._pruned(full, self.sparsity, statistics)
-            differs = why_another(self, model, pruned)
-            if differs is not None:
-                raise ValueError(f"the certificate is for another network: {differs}")
+            pruned = None
+            if full is not None:
+                pruned = pruned_copy(pruning, full, self.sparsity, statistics)
+            check_deployed(self, model, pruned)
         return verify(
             self,
             original,
@@ -424,44 +424,3 @@ class Certificate:
                 f"confprune.prune_levels(model, [{self.sparsity!r}]).prune(model, 0)"
             )
         return self.pruning
-
-    def _pruned(
-        self, model: nn.Module, sparsity: float, statistics: Statistics | None
-    ) -> nn.Module:
-        pruning = self._pruning_for("prune")
-        levels = prune_levels(
-            model,
-            [sparsity],
-            scope=pruning.scope,
-            criterion=pruning.criterion,
-            pattern=pruning.pattern,
-            parameters=list(pruning.parameters),
-            statistics=self._known(statistics),
-        )
-        return levels.prune(model, 0)
-
-    def _known(self, statistics: Statistics | None) -> Statistics:
-        """The statistics that the certificate was made with, given again or still in memory."""
-        pruning = self._pruning_for("prune")
-        if statistics is None:
-            if pruning.statistics and not pruning.kept:
-                raise ValueError(
-                    f"criterion {pruning.criterion!r} was certified with statistics "
-                    f"({', '.join(pruning.statistics)}), which a certificate's file does not hold: "
-                    "pass statistics=, stored from certificate.statistics after the calibration"
-                )
-            return pruning.kept
-        for name, expected in pruning.statistics.items():
-            differs = difference(expected, fingerprint(statistics.get(name, {})))
-            if differs is not None:
-                raise ValueError(f"the certificate rests on another statistic {name!r}: {differs}")
-        return statistics
-
-    def _check_same_weights(self, model: nn.Module, verb: str) -> None:
-        pruning = self._pruning_for(verb)
-        check_module(model)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        found = {name: parameters[name] for name in pruning.parameters if name in parameters}
-        differs = difference(pruning.fingerprint, fingerprint(found))
-        if differs is not None:
-            raise ValueError(f"the certificate is for another network: {differs}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from confprune.certificate.evidence import Part, check_unit, plain_floats
+from confprune.risk.procedures import PROCEDURES
 from confprune.risk.pvalues import PVALUES
-from confprune.risk.testing import PROCEDURES
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
@@ -47,7 +47,8 @@ def why_unsupported(certificate: Certificate, parts: Sequence[Part], level: int)
     been shown on fewer examples than the last look had, and p-values that take more than the sum of
     the losses are not computed again: these are taken as they are stated.
     """
-    if certificate.guarantee != "risk" or certificate.procedure not in PROCEDURES:
+    # Of "graphical(weights=..., transitions=...)" the same is known as of "graphical".
+    if certificate.guarantee != "risk" or certificate.procedure.split("(")[0] not in PROCEDURES:
         return None
     assert certificate.delta is not None
     for part in parts:

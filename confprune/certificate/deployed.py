@@ -1,4 +1,4 @@
-"""Whether a compressed network is the one that a certificate is about."""
+"""Whether a pruned network, compressed or not, can be the one that a certificate is about."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def deployed_weight(model: nn.Module, name: str) -> Tensor | None:
     return owner._parameters.get(leaf)
 
 
-def why_another(
+def check_deployed(
     certificate: Certificate, model: nn.Module, pruned: nn.Module | None = None
-) -> str | None:
-    """Say why a compressed network is not the certified one, None if nothing speaks against it.
+) -> None:
+    """Raise ValueError for a network that cannot be the certified one.
 
     Parameters
     ----------
     certificate : Certificate
-        With a certified level and a way of pruning.
+        One made from a bare loss matrix knows no network, and fits any.
     model : Module
-        The compressed network.
+        The pruned network, compressed or not.
     pruned : Module, optional
         The network that ``certificate.prune`` gives: then every weight is compared, else names,
-        shapes, types and numbers of zeros.
+        shapes, types and numbers of zeros, because a certificate holds no pruned weights.
 
     Examples
     --------
@@ -51,9 +51,14 @@ def why_another(
     ...     model, data, loss="cosine", alpha=0.1, delta=0.1, progress=False
     ... )
     >>> small = confprune.sparse.compress(certificate.prune(model), kernel="sparse", min_sparsity=0)
-    >>> why_another(certificate, small, certificate.prune(model)) is None
-    True
+    >>> check_deployed(certificate, small, certificate.prune(model))
     """
+    differs = None if certificate.pruning is None else _difference(certificate, model, pruned)
+    if differs is not None:
+        raise ValueError(f"the certificate is for another network: {differs}")
+
+
+def _difference(certificate: Certificate, model: nn.Module, pruned: nn.Module | None) -> str | None:
     pruning = certificate.pruning
     assert pruning is not None
     found, zeros = {}, {}

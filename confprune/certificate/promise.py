@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from confprune.risk.procedures import PROCEDURES
 from confprune.risk.pvalues import PVALUES
 
 if TYPE_CHECKING:
@@ -105,11 +106,22 @@ def asymptotic(certificate: Certificate) -> bool:
     return any(kind is not None and kind.asymptotic for kind in kinds)
 
 
+def in_order(certificate: Certificate) -> bool:
+    """Whether levels were tested one after the other, up to the first that failed."""
+    procedure = PROCEDURES.get(certificate.procedure)
+    return procedure is not None and procedure.chain
+
+
 def part_text(certificate: Certificate, part: Part) -> str:
     """Name a part beside the others: the group alone where all are of one loss."""
     if part.group is not None and len({other.loss for other in certificate.parts}) == 1:
         return f"group {part.group}"
     return part.name
+
+
+def counted(number: int, thing: str) -> str:
+    """Write a number of things: 1 level, 2 levels."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def enumeration(texts: list[str]) -> str:

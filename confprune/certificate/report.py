@@ -11,7 +11,9 @@ from confprune.certificate.advice import advice
 from confprune.certificate.evidence import closest
 from confprune.certificate.promise import (
     asymptotic,
+    counted,
     enumeration,
+    in_order,
     part_text,
     promise,
     pvalue_names,
@@ -30,6 +32,7 @@ MOST_PARTS = 12
 CLOSEST_PARTS = 8
 MOST_LOOKS = 6
 LONGEST_NAME = 28
+_NOT_REACHED = "not reached"
 _BOUND = {"expectation": "corrected"}
 
 
@@ -97,8 +100,9 @@ def _foundation(certificate: Certificate) -> str:
     pruning = certificate.pruning
     if pruning is not None:
         text += (
-            f" Pruned are the {pruning.total:,} weights of {len(pruning.parameters)} parameters "
-            f"(scope {pruning.scope}, criterion {pruning.criterion}"
+            f" Pruned are the {counted(pruning.total, 'weight')} of "
+            f"{counted(len(pruning.parameters), 'parameter')} (scope {pruning.scope}, criterion "
+            f"{pruning.criterion}"
         )
         text += ")." if pruning.pattern is None else f", pattern {pruning.pattern})."
         if pruning.score_data is not None:
@@ -120,7 +124,7 @@ def _method(certificate: Certificate) -> str:
     """What was computed, with the kind of guarantee that it gives."""
     kind = "asymptotic" if asymptotic(certificate) else "finite-sample, distribution-free"
     count, tested = len(certificate.sparsities), len(certificate.tested)
-    levels = f"{count} level{'' if count == 1 else 's'}"
+    levels = counted(count, "level")
     if tested < count:
         levels = f"{tested} of {levels}"
     if certificate.guarantee == "expectation":
@@ -169,11 +173,28 @@ def _levels(certificate: Certificate) -> str:
         "p-value": _numbers(certificate.pvalues, shown, ".2g"),
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) - {"-"}}
-    verdicts = ["certified" if certificate.rejected[j] else "not certified" for j in shown]
-    table = _table(columns, [j == level for j in shown], verdicts)
-    if certificate.binding is None:
-        return table
-    return _wrap(f"Risk and bound are of what binds, {certificate.binding.name!r}:") + f"\n{table}"
+    verdicts = [_verdict(certificate, j) for j in shown]
+    text = _table(columns, [j == level for j in shown], verdicts)
+    if certificate.binding is not None:
+        lead = _wrap(f"Risk and bound are of what binds, {certificate.binding.name!r}:")
+        text = f"{lead}\n{text}"
+    if _NOT_REACHED in verdicts:
+        text += "\n\n" + _wrap(
+            "Levels are tested in order, up to the first that is not certified: those behind it "
+            f"are {_NOT_REACHED}, however small their p-values."
+        )
+    return text
+
+
+def _verdict(certificate: Certificate, level: int) -> str:
+    """What became of a level; where they are tested in order, the first failure ends it."""
+    if certificate.rejected[level]:
+        return "certified"
+    first, delta = certificate.obstacle, certificate.delta
+    if first is None or delta is None or not in_order(certificate):
+        return "not certified"
+    behind = level > first or certificate.pvalues[level] <= delta
+    return _NOT_REACHED if behind else "not certified"
 
 
 def _parts(certificate: Certificate, level: int) -> str:
@@ -198,9 +219,8 @@ def _parts(certificate: Certificate, level: int) -> str:
     columns = {_kind(certificate): names, **columns}
     marks = [p == binding for p in shown]
     table = _table(columns, marks, ["binds" if mark else "" for mark in marks])
-    verdict = "certified" if certificate.rejected[level] else "not certified"
     sparsity = sparsity_text(certificate, certificate.sparsities[level])
-    text = f"At {sparsity} sparsity, {verdict}:\n{table}"
+    text = f"At {sparsity} sparsity, {_verdict(certificate, level)}:\n{table}"
     if more:
         text += f"\n  and {more:,} more, further from their alpha"
     return text

@@ -17,17 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from confprune.batches import (
-    Forward,
     batch_length,
-    call,
+    check_data,
     example_count,
     order_length,
     ordering_size,
     permutable,
     random_order,
-    reference_of,
     slice_batch,
 )
+from confprune.calling import Forward, call, check_forward, reference_of
 from confprune.certificate.consistency import why_unsupported
 from confprune.certificate.evidence import Part
 from confprune.evaluation import moved_batches, progress_bar
@@ -80,6 +79,8 @@ def verify(
     level = certificate.level
     if level is None:
         raise ValueError("nothing was certified: there is no risk to verify")
+    check_data(data, batch_size)
+    check_forward(forward)
     parts = certificate.parts or (_whole(certificate, level),)
     measures = _losses(parts, loss)
     rule = _acceptance_rule(certificate, accept)

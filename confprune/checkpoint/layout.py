@@ -22,6 +22,8 @@ PRUNABLE_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+COMPRESSED = "confprune.sparse"
+"""Metadata in which `confprune.sparse.save_sparse` says how a network is stored."""
 _METADATA = "__metadata__"
 _LENGTH = 8
 _ALIGNMENT = 8

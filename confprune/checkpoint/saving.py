@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_model
 from torch import nn
 
+from confprune.certificate.deployed import check_deployed
+from confprune.checkpoint.certified import check_certificate
 from confprune.checkpoint.metadata import certified_record
 from confprune.files import written_whole
 
@@ -32,7 +34,18 @@ def save(
         The file to write.
     certificate : Certificate, optional
         What the network was pruned by: its promise goes into the file's metadata.
+
+    Raises
+    ------
+    TypeError
+        If `certificate` is none, but the path of one, say.
+    ValueError
+        If it cannot be this network's: a name, shape or type differs, or too few weights are zero.
     """
-    metadata = {} if certificate is None else certified_record(certificate)
+    metadata = {}
+    if certificate is not None:
+        check_certificate(certificate)
+        check_deployed(certificate, model)
+        metadata = certified_record(certificate)
     with written_whole(path) as temporary:
         save_model(model, str(temporary), metadata)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from confprune.checkpoint.layout import Layout, StoredTensor, read_layout
+from confprune.checkpoint.layout import COMPRESSED, Layout, StoredTensor, read_layout
 
 _INDEX = ".safetensors.index.json"
 _FILE = ".safetensors"
@@ -73,8 +73,8 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     FileNotFoundError
         If there is no such file, or one that the index names is missing.
     ValueError
-        If a file is not a whole safetensors file, the index does not fit the files, or it is not
-        clear which files of the folder are meant.
+        If a file is not a whole safetensors file, or holds a compressed network, the index does not
+        fit the files, or it is not clear which files of the folder are meant.
     """
     source = Path(source)
     if source.is_dir():
@@ -82,6 +82,11 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if source.name.endswith(_INDEX):
         return _indexed(source)
     layout = read_layout(source)
+    if COMPRESSED in layout.metadata:
+        raise ValueError(
+            f"{source} holds a compressed network, of confprune.sparse.save_sparse: name the "
+            "checkpoint with its dense weights"
+        )
     return Checkpoint(source, (layout,), layout.tensors)
 
 

@@ -8,27 +8,21 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter
 
-from confprune.batches import (
-    Forward,
-    batch_length,
-    call,
-    copy_batch,
-    reference_of,
-    slice_batch,
-)
-from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
-from confprune.grid.mode import METADATA, GridMode, Layer
+from confprune.batches import batch_length, copy_batch, slice_batch
+from confprune.calling import Forward, call, reference_of
+from confprune.grid.comparison import difference
+from confprune.grid.fusion import Fusion
+from confprune.grid.layers import Layer
+from confprune.grid.mode import GridMode
+from confprune.grid.probe import Footprint, Probe
 from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
@@ -45,16 +39,8 @@ return it after every call, and the next activations cost no page faults."""
 
 _WORKERS = 4  # more would wait for Python
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
-_LANES = 128  # vectors that the products take together
-_CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _CHECK_EXAMPLES = 4
 _CHECK_LEVELS = 3
-_TOLERANCE = {
-    torch.float64: 1e-8,
-    torch.float32: 2e-3,
-    torch.float16: 5e-2,
-    torch.bfloat16: 1e-1,
-}
 
 
 class GridForward:
@@ -92,8 +78,6 @@ class GridForward:
     ) -> None:
         levels.check_model(model)
         check_kernels(parameter.device for parameter in model.parameters())
-        if activation_bytes is not None and activation_bytes < 1:
-            raise ValueError(f"activation_bytes must be positive, got {activation_bytes}")
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
@@ -113,7 +97,7 @@ class GridForward:
         self._fusions: list[Fusion] = []
         self._unused: set[str] = set()
         self._written = 0  # bytes of the largest masked weight that an operation was given
-        self._footprint: _Footprint | None = None
+        self._footprint: Footprint | None = None
 
     @torch.no_grad()
     def capacity(self, batch: Any, levels: int) -> int:
@@ -264,7 +248,7 @@ class GridForward:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
-        probe = _Probe(self._layers)
+        probe = Probe(self._layers)
         with probe:
             full = self._network(part)
         self._fusions = probe.fusions(full)
@@ -295,14 +279,21 @@ class GridForward:
         half = len(full) // 2
         if half == 0:
             return
-        apart = self._network(slice_batch(batch, 0, half))
-        if _difference(apart[None], full[None, :half]):
+        part = slice_batch(batch, 0, half)
+        apart = self._network(part)
+        if not difference(apart[None], full[None, :half]):
+            return
+        note = (
+            "the outputs of an example depend on the other examples of its batch (as with a "
+            "BatchNorm without running statistics); the guarantee needs independent losses"
+        )
+        if difference(self._network(part)[None], apart[None]):
             note = (
-                "the outputs of an example depend on the other examples of its batch (as with a "
-                "BatchNorm without running statistics); the guarantee needs independent losses"
+                "the network's outputs are random (as with a dropout that is on in evaluation mode "
+                "too): the risk is an average over that, and a certificate may not verify"
             )
-            self.notes.append(note)
-            warnings.warn(note, UserWarning, stacklevel=2)
+        self.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=2)
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
         """Weights that no function received, and that change nothing, need not be masked."""
@@ -329,7 +320,7 @@ class GridForward:
             except Exception as error:
                 reason = f"{type(error).__name__}: {_first_line(error)}"
                 continue
-            reason = _difference(outputs, plain)
+            reason = difference(outputs, plain)
             if not reason:
                 return
         self._fall_back(reason)
@@ -388,58 +379,6 @@ class _Network(nn.Module):
         return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
 
 
-class _Footprint(NamedTuple):
-    """Bytes that one example or one level costs, and the examples that fill the lanes."""
-
-    activation: int
-    weight: int
-    examples: int
-
-
-class _Probe(TorchFunctionMode):
-    """Watches a plain forward: its largest activation, the shapes its layers see, their fusions."""
-
-    def __init__(self, layers: dict[int, Layer]) -> None:
-        super().__init__()
-        self._layers = layers
-        self._largest = 1
-        self._work = 0  # of the layer with the most operations
-        self._rows = 0  # vectors it takes; 0 for a convolution
-        self._watcher = Watcher(lambda value: id(value) in layers)
-        self.met: set[str] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in METADATA:
-            return result
-        self._watcher.see(func, args, kwargs or {}, result)
-        weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
-        if weights:
-            self.met.update(self._layers[id(weight)].name for weight in weights)
-            work = result.numel() * weights[0][0].numel() if func in LAYER_CALLS else 0
-            if work > self._work:
-                self._work, matrix = work, weights[0].ndim == 2
-                self._rows = result.numel() // result.shape[-1] if matrix else 0
-        if self.met:  # before, all levels share their activations
-            for leaf in tree_iter(result):
-                if isinstance(leaf, Tensor) and id(leaf) not in self._layers:
-                    self._largest = max(self._largest, leaf.numel() * leaf.element_size())
-        return result
-
-    def fusions(self, outputs: Tensor) -> list[Fusion]:
-        """What follows each call of a layer, `outputs` being what the model returned."""
-        self._watcher.end(outputs)
-        return self._watcher.fusions()
-
-    def footprint(self, size: int, weight: int) -> _Footprint:
-        """What one of `size` examples costs; `weight` is that of a masked weight."""
-        rows = self._rows // size
-        examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
-        return _Footprint(-(-self._largest // size), weight, examples)
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, each module's own training flag restored in the end."""
@@ -457,30 +396,6 @@ def _default_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return ACTIVATION_BYTES
     return int(torch.cuda.get_device_properties(device).total_memory) // _GPU_SHARE
-
-
-def _difference(outputs: Tensor, plain: Tensor) -> str:
-    """Why two sets of outputs are not the same, or nothing if they are."""
-    if outputs.shape != plain.shape:
-        return f"outputs have shape {list(outputs.shape)} rather than {list(plain.shape)}"
-    tolerance = _TOLERANCE.get(plain.dtype, 2e-3)
-    a, b = outputs.double(), plain.double()
-    if a.numel() and (a - b).abs().max() <= tolerance * b.abs().max():  # not with NaN or infinity
-        return ""
-    if not torch.equal(a.isnan(), b.isnan()):
-        return "outputs are NaN in other places than the plain masked network's"
-    finite = torch.isfinite(b)
-    if not torch.equal(a[~finite].nan_to_num(0.5), b[~finite].nan_to_num(0.5)):
-        return "outputs are infinite in other places than the plain masked network's"
-    if not finite.any():
-        return ""
-    scale = b[finite].abs().max()
-    error = (a[finite] - b[finite]).abs().max()
-    if error > tolerance * scale:
-        return (
-            f"outputs differ by {error / scale:.1e} of their size from the plain masked network's"
-        )
-    return ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """Steps that follow a layer and cost nothing when its product is written.
 
 A product leaves its kernel once; on the way, a batch normalisation with fixed statistics, the
-addition of a residual to a convolution, and a ReLU can be done. Which calls are followed by what,
-and that nothing else sees the tensors in between, is found by watching one plain run of the model.
+addition of a residual to a convolution, and a ReLU can be done, and idle dropout left out. Where a
+model begins with linear layers, with no more than that between them, they are one product from the
+model's input to the outputs of the last. Which calls are followed by what, and that nothing else
+sees the tensors in between, is found by watching one plain run of the model.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+MOST_SHARED = 32767
+"""Columns of a weight whose levels can share one input."""
+
 _CONVOLUTIONS: set[Any] = {torch.conv1d, torch.conv2d, torch.conv3d}
 LAYER_CALLS: set[Any] = {F.linear, torch.addmm} | _CONVOLUTIONS
 ADDITIONS: set[Any] = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 _IN_PLACE: set[Any] = {Tensor.add_, Tensor.__iadd__}
+_DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _RELUS: set[Any] = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 
@@ -88,21 +94,26 @@ class Fusion:
         The torch functions that are done with it, in order.
     affine : Affine or None
     residual : Residual or None
+    chained : bool
+        What comes of it goes into the next call, of a linear layer, and nowhere else; as what came
+        of all calls before.
     """
 
     convolution: bool = False
     functions: list[Any] = field(default_factory=list)
     affine: Affine | None = None
     residual: Residual | None = None
+    chained: bool = False
 
     @property
     def relu(self) -> bool:
         """Whether negative outputs become 0."""
-        return bool(self.functions) and self.functions[-1] in _RELUS
+        return not _RELUS.isdisjoint(self.functions)
 
     def extended(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Take one more function in, if it is of the kind that can be."""
-        if func in _RELUS and not self.relu:
+        idle = func in _DROPOUTS and not kwargs.get("training", args[2] if len(args) > 2 else True)
+        if idle or (func in _RELUS and not self.relu):
             self.functions.append(func)
             return True
         if func is F.batch_norm and not self.functions:
@@ -169,6 +180,7 @@ class Watcher:
 
     def __init__(self, is_prunable: Callable[[Any], bool]) -> None:
         self._fusions: list[Fusion] = []
+        self._linear = 0  # calls of layers so far, as long as all are linear layers in a chain
         self._is_prunable = is_prunable
         self._links: dict[int, _Link] = {}
         self._known: dict[int, _Known] = {}
@@ -178,14 +190,19 @@ class Watcher:
         leaves = list(tree_iter((args, kwargs)))
         prunable = any(self._is_prunable(leaf) for leaf in leaves)
         grown = None if prunable else self._grown(func, args, kwargs)
+        chained = self._chained(func, args) if prunable else None
+        going_on = grown or chained
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and (grown is None or leaf is not grown.tensor):
+            if isinstance(leaf, Tensor) and (going_on is None or leaf is not going_on.tensor):
                 self.end(leaf)
+        if going_on is not None:
+            going_on.used = True
         if grown is not None:
-            grown.used = True
             self._note(result, grown.fusion, grown.layer, grown.depth + 1)
         elif prunable and func in LAYER_CALLS:
             layer = len(self._fusions)
+            if chained is not None:
+                chained.fusion.chained = True
             self._fusions.append(Fusion(convolution=func in _CONVOLUTIONS))
             if args:
                 self._know(args[0], Residual(layer, None))
@@ -196,12 +213,20 @@ class Watcher:
         link = self._links.get(id(tensor))
         if link is not None:
             link.fusion.cut(link.depth)
+            link.fusion.chained = False
             link.used = True
+
+    def fusion_of(self, tensor: Tensor) -> Fusion | None:
+        """The fusion that this tensor is on the way of."""
+        link = self._links.get(id(tensor))
+        return None if link is None else link.fusion
 
     def fusions(self) -> list[Fusion]:
         """What each call of a layer does besides, in the order of the calls."""
         found: list[Fusion] = []
+        chained = True
         for fusion in self._fusions:
+            chained = fusion.chained = chained and fusion.chained
             layer, steps = fusion.residual or (0, None)
             # The output of a call that has been cut since is not what it was.
             gone = steps is not None and steps != len(found[layer].functions)
@@ -223,6 +248,16 @@ class Watcher:
                     return link
         return None
 
+    def _chained(self, func: Any, args: Any) -> _Link | None:
+        """The output of the last call of a layer, if it goes on into this call of a linear one."""
+        calls, unbroken = len(self._fusions), self._linear == len(self._fusions)
+        x = args[0] if func is F.linear and args else None
+        fits = isinstance(x, Tensor) and _can_begin_chain(x)
+        link = self._links.get(id(x))
+        follows = link is not None and link.tip and link.layer == calls - 1
+        self._linear = calls + 1 if unbroken and fits and (follows or calls == 0) else -1
+        return link if self._linear > 0 and follows else None
+
     def _residual(self, link: _Link, other: Any) -> Residual | None:
         """What `other` is, if a layer that has been called can add it to its output."""
         known = self._known.get(id(other))
@@ -241,3 +276,9 @@ class Watcher:
     def _know(self, tensor: Any, residual: Residual) -> None:
         if isinstance(tensor, Tensor) and not tensor.is_inference():
             self._known[id(tensor)] = _Known(tensor, residual, tensor._version)
+
+
+def _can_begin_chain(x: Tensor) -> bool:
+    """Whether layers on `x` round nothing between them, and take one row an example."""
+    exact = x.dtype in (torch.float32, torch.float64)
+    return exact and x.ndim == 2 and x.shape[1] <= MOST_SHARED and x.device.type == "cpu"

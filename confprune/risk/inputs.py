@@ -5,6 +5,7 @@ Every refusal names the argument, the value, and the way out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,12 +30,54 @@ def check_probability(name: str, value: float) -> float:
     0.05
     """
     try:
+        if isinstance(value, str):  # which float would take
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}; try {name}=0.1") from None
     if not 0.0 < number < 1.0:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}; try {name}=0.1")
     return number
+
+
+def check_grid(sparsities: ArrayLike) -> tuple[float, ...]:
+    """Return sparsities as floats, after checking that they are a grid.
+
+    Raises
+    ------
+    TypeError
+        If they are no numbers.
+    ValueError
+        If they are not strictly increasing, or not all in [0, 1).
+
+    Examples
+    --------
+    >>> check_grid(np.array([0.5, 0.75]))
+    (0.5, 0.75)
+    """
+    try:
+        values = np.asarray(sparsities, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"sparsities must be a list of numbers, such as [0.5, 0.7], got {sparsities!r}"
+        ) from None
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(
+            f"sparsities must be a non-empty one-dimensional grid, got shape {values.shape}; for "
+            "one level give [0.5]"
+        )
+    if values.size > 32767:
+        raise ValueError(f"sparsities has {values.size} levels; at most 32767 are supported")
+    for s in values:
+        if not 0 <= s < 1:
+            raise ValueError(f"sparsities must be in [0, 1), got {s:g}")
+    for a, b in itertools.pairwise(values):
+        if b <= a:
+            raise ValueError(
+                f"sparsities must be strictly increasing, got {b:g} after {a:g}; sort them and "
+                "remove duplicates"
+            )
+    return tuple(float(s) for s in values)
 
 
 def check_losses(losses: ArrayLike) -> NDArray[Any]:

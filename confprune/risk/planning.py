@@ -14,11 +14,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from confprune.risk.bounds import required_n
-from confprune.risk.inputs import FloatArray, check_losses, check_probability, losses_are_binary
+from confprune.risk.inputs import (
+    FloatArray,
+    check_grid,
+    check_losses,
+    check_probability,
+    losses_are_binary,
+)
 from confprune.risk.looks import default_looks
+from confprune.risk.procedures import Procedure, resolve_procedure
 from confprune.risk.pvalues import PValue, resolve_pvalue
-from confprune.risk.sequential import RiskTarget, SequentialTest
-from confprune.risk.testing import BoolArray, Procedure, resolve_procedure
+from confprune.risk.sequential import RiskTarget, SequentialTest, looks_possible
+from confprune.risk.testing import BoolArray
 
 POWER = 0.9
 """Probability with which the wished sparsity is to be certified."""
@@ -80,8 +87,8 @@ def simulate(
     n: int,
     *,
     pvalue: str = "auto",
-    procedure: str = "fixed_sequence",
-    looks: bool = False,
+    procedure: str | Callable[..., BoolArray] = "fixed_sequence",
+    looks: str | None = "auto",
     draws: int = 200,
     seed: int = 0,
     wished: float | None = None,
@@ -91,7 +98,7 @@ def simulate(
     Parameters
     ----------
     sparsities : array_like [K]
-        The grid, from dense to sparse.
+        The grid, strictly increasing, in [0, 1).
     risks_or_losses : array_like [K] or [m, K]
         A guessed risk for each level, for 0/1 losses that an example which fails at one level has
         at every level of larger risk; or the losses of a pilot sample, which is resampled.
@@ -104,11 +111,12 @@ def simulate(
     pvalue : str
         Any p-value by name. ``"auto"``: `binomial` for 0/1 losses; else `betting` with early looks
         and `convex` without.
-    procedure : str
+    procedure : str, or callable (pvalues [K], delta) -> bool [K]
         A procedure that needs nothing but p-values: ``"fixed_sequence"``, ``"bonferroni"``,
-        ``"holm"``.
-    looks : bool
-        Whether to test with early looks, as planned by `default_looks`.
+        ``"holm"``, or your own.
+    looks : "auto" or None
+        As for `confprune.calibrate`: early looks, where the procedure and the p-value allow them,
+        or one test on all examples.
     draws : int
         Number of calibrations simulated.
     seed : int
@@ -122,45 +130,49 @@ def simulate(
 
     Raises
     ------
-    ValueError
-        If shapes do not match, or an argument is out of range.
+    ValueError, TypeError
+        If shapes do not match, or an argument is out of range or no number.
 
     Examples
     --------
     >>> sparsities = np.linspace(0, 0.9, 10)
-    >>> simulate(sparsities, 0.1 * sparsities**2, alpha=0.05, delta=0.1, n=1000, wished=0.6)
+    >>> simulate(sparsities, 0.1 * sparsities**2, 0.05, 0.1, n=1000, wished=0.6, draws=100)
     with 1000 examples
-      expected certified sparsity     0.588
+      expected certified sparsity     0.582
       certified with probability 0.9  0.500
-      losses to evaluate              100.0% of examples x levels
-      for sparsity 0.600              1417 examples
+      losses to evaluate              25.7% of examples x levels
+      for sparsity 0.600              1620 examples
     """
     alpha = check_probability("alpha", alpha)
     delta = check_probability("delta", delta)
-    if n < 1 or draws < 1:
-        raise ValueError(f"n and draws must be at least 1, got n={n}, draws={draws}")
+    for name, count in (("n", n), ("draws", draws)):
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
     if wished is not None and not 0 <= wished < 1:
         raise ValueError(f"wished must be a sparsity in [0, 1), got {wished}")
-    grid = np.asarray(sparsities, dtype=np.float64)
+    if looks not in ("auto", None):
+        raise ValueError(f"looks must be 'auto' or None, got {looks!r}")
+    grid = np.array(check_grid(sparsities))
     source = _Source(risks_or_losses)
-    if grid.ndim != 1 or source.levels != len(grid):
+    if source.levels != len(grid):
         raise ValueError(
-            f"risks_or_losses must have one column per sparsity, got {source.levels} "
-            f"for sparsities of shape {grid.shape}"
+            f"risks_or_losses must have one column per sparsity, got {source.levels} for "
+            f"{len(grid)} sparsities"
         )
     test = resolve_procedure(procedure)
     if test.needs:
         raise ValueError(
-            f"procedure={procedure!r} needs {', '.join(test.needs)}, which cannot be simulated; "
+            f"procedure={test.name!r} needs {', '.join(test.needs)}, which cannot be simulated; "
             "choose 'fixed_sequence', 'bonferroni' or 'holm'"
         )
-    if pvalue == "auto" and looks and not source.binary:
+    early = looks == "auto" and looks_possible(test, pvalue)
+    if pvalue == "auto" and early and not source.binary:
         pvalue = "betting"
     kind = resolve_pvalue(pvalue, source.binary)
 
     def run(size: int) -> tuple[BoolArray, float]:
         rng = np.random.default_rng(seed)
-        if looks:
+        if early:
             return _with_looks(source, kind, test, alpha, delta, size, draws, rng)
         return _at_once(source, kind, test, alpha, delta, size, draws, rng), 1.0
 

@@ -13,8 +13,10 @@ from numpy.typing import ArrayLike
 
 from confprune.risk.inputs import FloatArray, IntArray, check_losses, check_probability
 from confprune.risk.looks import LookPlan
+from confprune.risk.procedures import Procedure, resolve_procedure
+from confprune.risk.pvalues import PVALUES
 from confprune.risk.spending import SumTracker, Tracker, make_tracker
-from confprune.risk.testing import BoolArray, resolve_procedure
+from confprune.risk.testing import BoolArray
 
 _LOST = 1 / 30
 """Part of the futility at which a level counts as lost whatever follows it."""
@@ -66,6 +68,25 @@ class SequentialResult:
     seen: IntArray
     evaluations: int
     saved: float
+
+
+def looks_possible(procedure: Procedure, pvalue: str) -> bool:
+    """Whether levels can be tested early, by a procedure and a p-value of this name, or "auto".
+
+    Examples
+    --------
+    >>> looks_possible(resolve_procedure("holm"), "auto")
+    True
+    >>> looks_possible(resolve_procedure("holm"), "clt")
+    False
+    """
+    asymptotic = pvalue in PVALUES and PVALUES[pvalue].asymptotic
+    return _settles_early(procedure) and not asymptotic
+
+
+def _settles_early(procedure: Procedure) -> bool:
+    """Whether a rejection at some level stands whatever the later p-values are."""
+    return procedure.chain or procedure.bonferroni_start
 
 
 class SequentialTest:
@@ -128,7 +149,7 @@ class SequentialTest:
         procedure: str = "fixed_sequence",
     ) -> None:
         self._procedure = resolve_procedure(procedure)
-        if not (self._procedure.chain or self._procedure.bonferroni_start):
+        if not _settles_early(self._procedure):
             raise ValueError(
                 f"procedure={procedure!r} cannot be used with early looks; "
                 "choose 'fixed_sequence', 'bonferroni' or 'holm', or pass looks=None"

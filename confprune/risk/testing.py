@@ -6,10 +6,7 @@ probability 1 - delta no true hypothesis is rejected, however the p-values depen
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -341,70 +338,3 @@ def _signed_deviance(losses: ArrayLike, alpha: float) -> FloatArray:
     matrix = check_losses(losses)
     sums = loss_sums(matrix)
     return np.sign(sums - len(matrix) * alpha) * binomial_deviance(sums, len(matrix), alpha)
-
-
-@dataclass(frozen=True)
-class Procedure:
-    """A testing procedure, and what calibration must know about it.
-
-    Attributes
-    ----------
-    name : str
-        How users ask for it.
-    test : callable
-        ``(pvalues [K], delta, **needs) -> bool [K]``.
-    needs : tuple of str
-        Names of further arguments without which it cannot run.
-    chain : bool
-        A level that is not rejected ends the test of all later ones.
-    bonferroni_start : bool
-        Some p-value has to reach delta / K before any level is tested at more.
-    """
-
-    name: str
-    test: Callable[..., BoolArray]
-    needs: tuple[str, ...] = ()
-    chain: bool = False
-    bonferroni_start: bool = False
-
-
-PROCEDURES = MappingProxyType(
-    {
-        procedure.name: procedure
-        for procedure in (
-            Procedure("fixed_sequence", fixed_sequence, chain=True),
-            Procedure("bonferroni", bonferroni, bonferroni_start=True),
-            Procedure("holm", holm, bonferroni_start=True),
-            Procedure("graphical", graphical, needs=("weights", "transitions")),
-            Procedure("split_fixed_sequence", split_fixed_sequence, needs=("order",), chain=True),
-        )
-    }
-)
-"""All testing procedures by name."""
-
-
-def resolve_procedure(procedure: str | Callable[..., BoolArray]) -> Procedure:
-    """Look up a testing procedure by name, or take a callable for one.
-
-    A callable ``(pvalues [K], delta) -> bool [K]`` is for procedures that need more, such as
-    ``functools.partial(graphical, weights=..., transitions=...)``.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown; the valid ones are listed.
-
-    Examples
-    --------
-    >>> resolve_procedure("holm").test is holm
-    True
-    """
-    if callable(procedure):
-        function = procedure.func if isinstance(procedure, functools.partial) else procedure
-        return Procedure(getattr(function, "__name__", "procedure"), procedure)
-    if procedure not in PROCEDURES:
-        raise ValueError(
-            f"unknown procedure {procedure!r}; choose one of {', '.join(PROCEDURES)}, or pass a "
-            "callable (pvalues, delta) -> bool [K]"
-        )
-    return PROCEDURES[procedure]

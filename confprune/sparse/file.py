@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import confprune
 from confprune.checkpoint.certified import check_certificate
+from confprune.checkpoint.layout import COMPRESSED
 from confprune.files import written_whole
 from confprune.parameters import DTYPES
 from confprune.sparse.compression import check_kernel, dense_from_of, replaced_in, sparse_like
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 FORMAT = 1
-_MANIFEST, _CERTIFICATE = "confprune.sparse", "confprune.certificate"
+_MANIFEST, _CERTIFICATE = COMPRESSED, "confprune.certificate"
 _BITMAP, _SURVIVORS = "confprune.bitmap", "confprune.survivors"
 
 
@@ -52,6 +53,13 @@ def save_sparse(
     certificate : Certificate, optional
         What the network was pruned by; `load_certificate` reads it from the file.
 
+    Raises
+    ------
+    TypeError
+        If `certificate` is none, but the path of one, say.
+    ValueError
+        If it cannot be this network's: a name, shape or type differs, or too few weights are zero.
+
     Examples
     --------
     >>> import tempfile, torch, confprune
@@ -65,7 +73,10 @@ def save_sparse(
     True
     """
     if certificate is not None:
+        from confprune.certificate.deployed import check_deployed
+
         check_certificate(certificate)
+        check_deployed(certificate, model)
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)

@@ -171,12 +171,19 @@ void level_tile(const GridDetails& d, Place places, int64_t k, int64_t row_begin
   }
 }
 
-// out[k, row - row_begin, lanes] for every level of the product, by suffix sums: the levels are
-// taken from the sparsest to the densest, each adding its own weights to the sum of the sparser
-// ones.
+// A range of the levels that share an input.
+template <class T>
+struct LevelRange {
+  int64_t begin, end;
+  T* sums;  // [row, lanes] of the levels from `end` on, and then of those from `begin` on; or null
+};
+
+// out[k - begin, row - row_begin, lanes] for levels [begin, end) of the product, by suffix sums:
+// the levels are taken from the sparsest to the densest, each adding its own weights to the sum of
+// the sparser ones.
 template <class T, int V>
-void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const T* x, Tile<T> out,
-                 int64_t level_stride) {
+void shared_tile(const GridDetails& d, LevelRange<T> range, int64_t row_begin, int64_t row_end,
+                 const T* x, Tile<T> out, int64_t level_stride) {
   using L = Lanes<T>;
   const GridProduct& product = d.product;
   const PrefixRows& rows = product.rows;
@@ -189,17 +196,28 @@ void shared_tile(const GridDetails& d, int64_t row_begin, int64_t row_end, const
     const T* input = x + row / rows_per_group * group_size;
     typename L::Vector sum[V] = {};
     int64_t done = 0;
-    for (int64_t k = product.num_levels - 1; k >= 0; --k) {
+    if (range.end < product.num_levels) {
+      done = rows.counts[product.levels[range.end] * rows.rows + row];
+      for (int v = 0; v < V; ++v)
+        sum[v] = *reinterpret_cast<const typename L::Unaligned*>(range.sums + row * L::kTile +
+                                                                 v * L::kWidth);
+    }
+    for (int64_t k = range.end - 1; k >= range.begin; --k) {
       const int64_t count = rows.counts[product.levels[k] * rows.rows + row];
       const int64_t from = rows.starts[row] + done;
-      T* const to = out.data + k * level_stride + (row - row_begin) * out.row_stride;
-      for (int v = 0; v < V && k >= 2; ++v)  // while others are summed
+      T* const to =
+          out.data + (k - range.begin) * level_stride + (row - row_begin) * out.row_stride;
+      for (int v = 0; v < V && k >= range.begin + 2; ++v)  // while others are summed
         __builtin_prefetch(to - 2 * level_stride + v * L::kWidth, 1);
       accumulate<T, V>(sum, values + from, rows.columns + from, count - done,
                        Lookup{d.packed.offsets.data()}, input);
       done = count;
       finish.write(sum, row, to);
     }
+    if (range.begin > 0)
+      for (int v = 0; v < V; ++v)
+        *reinterpret_cast<typename L::Unaligned*>(range.sums + row * L::kTile + v * L::kWidth) =
+            sum[v];
   }
 }
 
@@ -219,6 +237,8 @@ void with_vectors(int64_t vectors, Body body) {
 }  // namespace confprune
 
 #include "kernels/grid_packing.h"
+// The packing comes first.
+#include "kernels/grid_mlp.h"
 #include "kernels/grid_tiles.h"
 #include "kernels/grid_transforms.h"
 #include "kernels/grid_winograd.h"
@@ -271,7 +291,7 @@ void multiply_lines(const GridDetails& d, int64_t k, int64_t line_begin, int64_t
           const Tile<T> to =
               direct ? Tile<T>{lines + row * stride, stride} : Tile<T>{tile, L::kTile};
           with_vectors<CONFPRUNE_TILE_VECTORS>(vectors, [&](auto V) {
-            shared_tile<T, V()>(d, row, stop, input, to,
+            shared_tile<T, V()>(d, {0, product.num_levels, nullptr}, row, stop, input, to,
                                 direct ? product.y.level_stride : kSharedRows * L::kTile);
           });
           if (!direct)

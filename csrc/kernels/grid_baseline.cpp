@@ -7,7 +7,7 @@
 namespace confprune {
 
 const InstructionSet& baseline_set() {
-  static const InstructionSet set{"baseline", tile_lanes, run_task, nullptr};
+  static const InstructionSet set{"baseline", tile_lanes, run_task, run_mlp, nullptr};
   return set;
 }
 

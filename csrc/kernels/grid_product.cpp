@@ -18,6 +18,9 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kPackedBytes = 5 << 17;  // of a band of lines, within a second-level cache
 constexpr int64_t kLeastBand = 4;          // lines: neighbouring bands share some
 constexpr int64_t kLineOfLanes = 512;      // bytes from one input to the next, at most, unpacked
+constexpr int64_t kVectorLanes = 16;       // whole vectors of every width
+constexpr int64_t kLeastLanes = 32;
+constexpr int64_t kHiddenBytes = 1 << 19;  // of the first layer's outputs, of some levels
 constexpr int64_t kPackedElements = int64_t(1) << 22;  // beyond, fewer examples are packed together
 
 // Whether minimal filtering is for this convolution; at which of its levels is another question.
@@ -253,6 +256,51 @@ bool GridPlan::leaves_residual() const {
 
 void GridPlan::run(int64_t task, void* scratch) const {
   instruction_set().run(*details_, task, scratch);
+}
+
+struct MlpPlan::Details : MlpDetails {};
+
+MlpPlan::MlpPlan(const std::vector<GridProduct>& layers, int threads) : details_(new Details) {
+  MlpDetails& d = *details_;
+  const GridProduct& first = layers.front();
+  const int64_t lanes = instruction_set().lanes(first.wide);
+  // As many parts for every thread, of whole vectors; few vectors make little of the weights read.
+  const int64_t rounds = (first.batch + lanes * threads - 1) / (lanes * threads);
+  const int64_t even = (first.batch + rounds * threads - 1) / (rounds * threads);
+  const int64_t whole = (even + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+  const int64_t chunk = std::min(lanes, std::max(kLeastLanes, whole));
+  d.parts = (first.batch + chunk - 1) / chunk;
+  d.widest = 0;
+  for (const GridProduct& product : layers) {
+    GridDetails layer{};
+    layer.product = product;
+    layer.packed = pack_layout(product, chunk);
+    layer.lanes = lanes;
+    d.widest = std::max(d.widest, product.rows.rows);
+    d.layers.push_back(std::move(layer));
+  }
+  const int64_t level = first.rows.rows * lanes * (first.wide ? 8 : 4);
+  d.group = std::clamp<int64_t>(kHiddenBytes / level, 1, first.num_levels);
+}
+
+MlpPlan::~MlpPlan() {
+  delete details_;
+}
+
+int64_t MlpPlan::parts() const {
+  return details_->parts;
+}
+
+int64_t MlpPlan::scratch_bytes() const {
+  const MlpDetails& d = *details_;
+  const GridProduct& first = d.layers.front().product;
+  // The input, its sums and outputs, and the partial sums and outputs of the layers that follow.
+  const int64_t rows = first.convolution.channels + (1 + d.group) * first.rows.rows + 3 * d.widest;
+  return rows * d.layers.front().lanes * (first.wide ? 8 : 4) + 64;
+}
+
+void MlpPlan::run(int64_t part, void* scratch) const {
+  instruction_set().run_mlp(*details_, part, scratch);
 }
 
 }  // namespace confprune

@@ -16,6 +16,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/prefix_rows.h"
 
@@ -74,6 +75,26 @@ class GridPlan {
   void run(int64_t task, void* scratch) const;
   // Whether the residual, and the ReLU after it, are left to the caller.
   bool leaves_residual() const;
+
+ private:
+  struct Details;
+  Details* details_;
+};
+
+// Linear layers that follow each other, from one input for all levels; what is between them is
+// neither written nor read, so that only the first has an x and the last a y. They compute in the
+// type of both. The parts are independent of each other, and the outputs are to the last bit those
+// of one layer at a time.
+class MlpPlan {
+ public:
+  MlpPlan(const std::vector<GridProduct>& layers, int threads);
+  ~MlpPlan();
+  MlpPlan(const MlpPlan&) = delete;
+  MlpPlan& operator=(const MlpPlan&) = delete;
+
+  int64_t parts() const;
+  int64_t scratch_bytes() const;  // that `run` needs, 64-byte aligned
+  void run(int64_t part, void* scratch) const;
 
  private:
   struct Details;

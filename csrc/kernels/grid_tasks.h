@@ -43,6 +43,14 @@ struct GridDetails {
   int64_t lanes;        // lanes of one tile
 };
 
+// Linear layers, each of which takes the outputs of the one before.
+struct MlpDetails {
+  std::vector<GridDetails> layers;
+  int64_t parts;   // chunks of the batch
+  int64_t widest;  // rows of a layer
+  int64_t group;   // levels of the first layer's outputs that are held together
+};
+
 constexpr int64_t kConvolutionChunk = 16;  // examples of a convolution that are packed together
 constexpr int64_t kSharedRows = 16;        // rows whose K outputs are held while an input is shared
 

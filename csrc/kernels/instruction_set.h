@@ -8,12 +8,14 @@
 namespace confprune {
 
 struct GridDetails;
+struct MlpDetails;
 
 struct InstructionSet {
   const char* name;
   // Lanes of one tile of the grid product, and one of its tasks.
   int64_t (*lanes)(bool wide);
   void (*run)(const GridDetails& details, int64_t task, void* scratch);
+  void (*run_mlp)(const MlpDetails& details, int64_t part, void* scratch);
   KeyFilter filter;  // or null, where a table serves as well
 };
 

@@ -58,33 +58,24 @@ class PrefixIndex {
     return size;
   }
 
-  // Finds the rows of `count` keys, and drops those that have none; returns how many are left.
-  template <class Bits>
-  int64_t rows(Bits* keys, int64_t count, int32_t* rows) const {
+  // Calls body(key, row) for those of `count` keys that have a known prefix.
+  template <class Bits, class Body>
+  void for_known(const Bits* keys, int64_t count, Body body) const {
     const int32_t* const first = first_.data();
     const int shift = table_shift_;
-    int64_t size = 0;
     if (shift == shift_) {
-      for (int64_t i = 0; i < count; ++i) {
-        const Bits key = keys[i];
-        const int32_t row = first[key >> shift];
-        keys[size] = key;
-        rows[size] = row;
-        size += row >= 0;
-      }
-      return size;
+      for (int64_t i = 0; i < count; ++i)
+        if (const int32_t row = first[keys[i] >> shift]; row >= 0)
+          body(keys[i], row);
+      return;
     }
     for (int64_t i = 0; i < count; ++i) {
-      const Bits key = keys[i];
-      const int32_t candidate = first[key >> shift];
+      const int32_t candidate = first[keys[i] >> shift];
       if (candidate < 0)
         continue;
-      const int32_t row = search(candidate, key >> shift_);
-      keys[size] = key;
-      rows[size] = row;
-      size += row >= 0;
+      if (const int32_t row = search(candidate, keys[i] >> shift_); row >= 0)
+        body(keys[i], row);
     }
-    return size;
   }
 
  private:
@@ -108,20 +99,18 @@ class PrefixIndex {
 constexpr int64_t kBatch = 2048;  // so many together pay for fetching again what tells their rows
 constexpr int64_t kBatchRoom = kBatch + kChunk;
 
-// Calls body(keys, rows, count) with the elements that have a known prefix, some at a time, at most
-// kBatchRoom. Few have one, and no branch can be predicted among them: so they are gathered without
-// one.
+// Calls body(keys, count) with the elements that may have a known prefix, some at a time, at most
+// kBatchRoom. Few may, and no branch can be predicted among them: so they are gathered without one.
 template <class T, class K, class Body>
-void for_prefixed(const Source& source, int64_t begin, int64_t end, const PrefixIndex& index,
+void for_filtered(const Source& source, int64_t begin, int64_t end, const PrefixIndex& index,
                   Body body) {
   typename K::Bits keys[kBatchRoom];
-  int32_t rows[kBatchRoom];
   int64_t size = 0;
   for_chunks<T>(source, begin, end, [&](int64_t at, const T* x, int64_t n) {
     size += index.template filter<K>(x, n, keys + size);
     if (size < kBatch && at + n < end)
       return;
-    body(keys, rows, index.rows(keys, size, rows));
+    body(keys, size);
     size = 0;
   });
 }

@@ -1,15 +1,18 @@
 // Selection by magnitude: histograms of integer keys, the keys near a cut, and prune levels.
 //
 // The IEEE bits of |w| read as an unsigned integer order as |w| does (-0 is 0, +inf the largest,
-// NaN above it). All functions work on a range of one tensor's elements, in logical (row-major)
+// NaN above it). All functions work on ranges of one tensor's elements, in logical (row-major)
 // order, so that any split over threads, tensors, files or machines gives the same answer.
 //
 // Cost: one read of the elements a call; `assign` writes one prune level each. Limit: one counter a
 // cycle is as many as a core stores, so a histogram takes one cycle per element and a little more
-// (float32: twice what memory takes); what is filtered, and what is looked up, comes near memory.
+// (float32: less than twice what memory takes); what is filtered, and what is looked up, comes near
+// memory. A core that is shared with another program's thread is slower where memory is not: so
+// what is counted and filtered is handed out in blocks, most to the fastest.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -28,6 +31,23 @@ struct Source {
   bool contiguous;
 };
 
+// Elements [begin, end) in blocks, each taken once by one of the threads that share them.
+class Blocks {
+ public:
+  Blocks(int64_t begin, int64_t end, int64_t size) : next_(begin), end_(end), size_(size) {}
+
+  // Sets [*begin, *end) to a block; false when none is left.
+  bool take(int64_t* begin, int64_t* end) {
+    *begin = next_.fetch_add(size_, std::memory_order_relaxed);
+    *end = std::min(end_, *begin + size_);
+    return *begin < end_;
+  }
+
+ private:
+  std::atomic<int64_t> next_;
+  int64_t end_, size_;
+};
+
 // Bits of a key made from `element`: the width of the type less the sign.
 int key_bits(Element element);
 
@@ -40,11 +60,9 @@ struct Digit {
   std::vector<uint64_t> prefixes;
 };
 
-// Adds the counts of elements [begin, end) to `counts`, [max(1, prefixes), 2^digit_bits].
-void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-               uint32_t* counts);
-void histogram(const Source& source, int64_t begin, int64_t end, const Digit& digit,
-               int64_t* counts);
+// Adds the counts of the elements of all blocks left to `counts`, [max(1, prefixes), 2^digit_bits].
+void histogram(const Source& source, Blocks& blocks, const Digit& digit, uint32_t* counts);
+void histogram(const Source& source, Blocks& blocks, const Digit& digit, int64_t* counts);
 
 // Where some order statistics are expected: among the keys whose bits above `shift` are
 // prefixes[i], those in [low[i], high[i]].
@@ -57,11 +75,11 @@ struct Brackets {
   int64_t limit;  // of the keys worth keeping
 };
 
-// Appends to `keys` the bracketed keys of elements [begin, end), and adds to below[i] the number of
-// those with prefix i under their bracket. Stops early, not at once, when there are more than
+// Appends to `keys` the bracketed keys of the elements of all blocks left, and adds to below[i] the
+// number of those with prefix i under their bracket. Stops after a block when there are more than
 // `limit`.
-void collect(const Source& source, int64_t begin, int64_t end, const Brackets& brackets,
-             int64_t* below, std::vector<int64_t>* keys);
+void collect(const Source& source, Blocks& blocks, const Brackets& brackets, int64_t* below,
+             std::vector<int64_t>* keys);
 
 // Where the levels cut: distinct threshold keys, increasing. A key below values[i] and above
 // values[i - 1] is pruned first at level first_level[i] (first_level[size] = number of levels:

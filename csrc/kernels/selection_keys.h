@@ -13,7 +13,7 @@ namespace {  // internal linkage, as elements.h
 
 constexpr int kTableBits = 17;    // of prefixes: what weights use of the table stays in L1
 constexpr int64_t kChunk = 4096;  // elements at a time; as many are gathered from a strided tensor
-constexpr int64_t kAhead = 1024;  // bytes that a loop of look-ups, slow to ask, asks for in advance
+constexpr int64_t kAhead = 512;   // elements that a loop of look-ups, slow to ask, asks ahead for
 
 // What tables leave out of a key: its bits below kTableBits.
 constexpr int table_shift(int bits) {

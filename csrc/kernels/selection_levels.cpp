@@ -81,7 +81,8 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
   const int bits = key_bits(cuts_.key);
   if (bits <= kTableBits) {  // as quickly counted as searched
     std::vector<int64_t> counts(size_t(1) << bits, 0);
-    histogram(source, begin, end, {cuts_.key, 0, bits, {}}, counts.data());
+    Blocks all(begin, end, end - begin);
+    histogram(source, all, {cuts_.key, 0, bits, {}}, counts.data());
     for (size_t cut = 0; cut < cuts_.values.size(); ++cut)
       equal[cut] += cuts_.straddled[cut] ? counts[cuts_.values[cut]] : 0;
     return;
@@ -95,10 +96,9 @@ void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int
     }
   const PrefixIndex index(values, cuts_.key, 0);
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
-    for_prefixed<decltype(element), Key<key_tag()>>(
-        source, begin, end, index, [&](const auto*, const int32_t* rows, int64_t n) {
-          for (int64_t i = 0; i < n; ++i)
-            ++*counts[rows[i]];
+    for_filtered<decltype(element), Key<key_tag()>>(
+        source, begin, end, index, [&](const auto* keys, int64_t n) {
+          index.for_known(keys, n, [&](auto, int32_t row) { ++*counts[row]; });
         });
   });
 }
@@ -120,7 +120,7 @@ void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* lev
     Level* const out = levels + at;
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {  // read ahead of the writing, which may alias what is read
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead);
+      __builtin_prefetch(x + i + kAhead);
       const auto a = K::of(x[i]), b = K::of(x[i + 1]);
       const auto c = K::of(x[i + 2]), d = K::of(x[i + 3]);
       out[i] = table[a >> shift];

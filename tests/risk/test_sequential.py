@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from risk import reference
 from scipy import stats
 
-from confprune.risk import looks, pvalues, testing
+from confprune.risk import looks, procedures, pvalues
 from confprune.risk.sequential import RiskTarget, SequentialTest
 
 N, LEVELS = 240, 8
@@ -115,7 +115,7 @@ def test_one_look_at_the_end_is_the_fixed_n_test():
             extra = {"order": range(LEVELS)} if procedure == "split_fixed_sequence" else {}
             if not (name == "betting" and procedure in ("bonferroni", "holm")):
                 np.testing.assert_allclose(result.pvalues, values, rtol=1e-10)
-            expected = testing.PROCEDURES[procedure].test(result.pvalues, 0.1, **extra)
+            expected = procedures.PROCEDURES[procedure].test(result.pvalues, 0.1, **extra)
             np.testing.assert_array_equal(result.rejected, expected)
             assert result.saved == 0.0
 

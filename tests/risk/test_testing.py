@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from risk import reference
 from scipy import stats
 
-from confprune.risk import pvalues, testing
+from confprune.risk import procedures, pvalues, testing
 
 some_pvalues = hnp.arrays(
     np.float64, st.integers(1, 8), elements=st.sampled_from([0.0, 0.004, 0.01, 0.03, 0.1, 0.5, 1.0])
@@ -145,7 +148,7 @@ PROCEDURES = {
 
 @pytest.mark.parametrize("name", PROCEDURES)
 def test_family_wise_error_is_at_most_delta(name):
-    procedure = testing.resolve_procedure(name.split()[0]).test
+    procedure = procedures.resolve_procedure(name.split()[0]).test
     rng = np.random.default_rng(9)
     draws, delta, alpha, n = 1500, 0.1, 0.1, 250
     violations = power = 0
@@ -173,23 +176,64 @@ def test_the_order_learned_on_one_half_does_not_spoil_the_test_on_the_other():
 
 
 def test_procedures_declare_what_they_need():
-    assert testing.PROCEDURES["graphical"].needs == ("weights", "transitions")
-    assert testing.PROCEDURES["split_fixed_sequence"].needs == ("order",)
-    assert [name for name, p in testing.PROCEDURES.items() if p.chain] == [
+    assert procedures.PROCEDURES["graphical"].needs == ("weights", "transitions")
+    assert procedures.PROCEDURES["split_fixed_sequence"].needs == ("order",)
+    assert [name for name, p in procedures.PROCEDURES.items() if p.chain] == [
         "fixed_sequence",
         "split_fixed_sequence",
     ]
     with pytest.raises(ValueError, match=r"'hochberg'.*holm"):
-        testing.resolve_procedure("hochberg")
+        procedures.resolve_procedure("hochberg")
 
 
-@pytest.mark.parametrize("name", list(testing.PROCEDURES))
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (0.5, "float"),
+        (True, "bool"),
+        (None, "NoneType"),
+        ([0.2, 0.1, 1.0], r"float64 \(3,\)"),  # p-values, of which none is 0
+        ([1, 0, 0], r"int64 \(3,\)"),
+        ([True, False], r"bool \(2,\)"),
+        ([[True, False, True]], r"bool \(1, 3\)"),
+    ],
+)
+def test_what_an_own_procedure_returns_is_checked(returned, got):
+    def mine(pvalues, delta):
+        return returned
+
+    test = procedures.resolve_procedure(mine).test
+    message = rf"procedure 'mine' must return which of the 3 levels .* bool \[3\], got {got}"
+    with pytest.raises(ValueError, match=message):
+        test(np.array([0.2, 0.1, 1.0]), 0.1)
+
+
+def test_an_own_procedure_is_never_taken_for_one_of_ours():
+    """By its name certificates are read again, and levels tested early."""
+
+    def holm(pvalues, delta):
+        return np.zeros(len(pvalues), dtype=bool)
+
+    assert procedures.resolve_procedure(holm).name == "own holm"
+    assert procedures.resolve_procedure(testing.holm) is procedures.PROCEDURES["holm"]
+    fallback = functools.partial(testing.fixed_sequence, starts=[0, 1])
+    assert procedures.resolve_procedure(fallback).name == "fixed_sequence(starts=...)"
+    assert procedures.resolve_procedure(functools.partial(max)).name == "max()"
+
+
+@pytest.mark.parametrize("of", [list, np.array, torch.tensor])
+def test_an_own_procedure_may_return_any_array_of_bool(of):
+    test = procedures.resolve_procedure(lambda pvalues, delta: of([True, False])).test
+    np.testing.assert_array_equal(test([0.1, 0.2], 0.1), [True, False])
+
+
+@pytest.mark.parametrize("name", list(procedures.PROCEDURES))
 def test_bad_pvalues_and_delta_are_refused(name):
     extra = {
         "graphical": {"weights": [1, 0], "transitions": [[0, 1], [0, 0]]},
         "split_fixed_sequence": {"order": [0, 1]},
     }.get(name, {})
-    test = testing.PROCEDURES[name].test
+    test = procedures.PROCEDURES[name].test
     for bad in (np.nan, -0.1, 1.1):
         with pytest.raises(ValueError, match="at level 1"):
             test([0.5, bad], 0.1, **extra)
