@@ -46,9 +46,10 @@ struct GridDetails {
 // Linear layers, each of which takes the outputs of the one before.
 struct MlpDetails {
   std::vector<GridDetails> layers;
-  int64_t parts;   // chunks of the batch
-  int64_t widest;  // rows of a layer
-  int64_t group;   // levels of the first layer's outputs that are held together
+  int64_t parts;    // chunks of the batch
+  int64_t widest;   // rows of a layer after the first
+  int64_t between;  // rows of a layer between the first and the last
+  int64_t group;    // levels of the first layer's outputs that are held together
 };
 
 constexpr int kOutputSide = 4;          // of a tile of outputs, in minimal filtering
