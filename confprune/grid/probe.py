@@ -18,9 +18,13 @@ _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 
 
 class Footprint(NamedTuple):
-    """Bytes that one example or one level costs, and the examples that fill the lanes."""
+    """Bytes that one example or one level costs, and the examples that fill the lanes.
+
+    `plain` is `activation` in a run of one level, where layers write what is between them.
+    """
 
     activation: int
+    plain: int
     weight: int
     examples: int
 
@@ -75,4 +79,6 @@ class Probe(TorchFunctionMode):
         rows = self._rows // size
         examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
         written = [nbytes for fusion, nbytes in self._by_fusion if not fusion.chained]
-        return Footprint(-(-max([self._largest, *written]) // size), weight, examples)
+        activation = max([self._largest, *written])
+        plain = max([self._largest, *(nbytes for _, nbytes in self._by_fusion)])
+        return Footprint(-(-activation // size), -(-plain // size), weight, examples)
