@@ -227,7 +227,7 @@ class GridForward:
             )
             with mode:
                 outputs: Tensor = network(batch)
-            mode.finish()
+            mode.finish(outputs)
             met.update(mode.met)
             self._written = max(self._written, mode.written)
             return outputs
