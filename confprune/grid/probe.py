@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from confprune.grid.functions import METADATA
+from confprune.grid.functions import LAYOUT, METADATA
 from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.layers import Layer
 
@@ -46,6 +46,8 @@ class Probe(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in LAYOUT:
+            self._watcher.end(args[0])  # the model may go on in another way
         if func in METADATA:
             return result
         self._watcher.see(func, args, kwargs or {}, result)
