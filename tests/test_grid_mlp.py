@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -228,6 +229,8 @@ class Net(nn.Module):
             y = y + 0 * y.sum()
         elif way == "asked for its shape":
             y = y.view(len(y), y.shape[1])
+        elif way == "asked how it lies" and not y.is_contiguous():
+            y = y.contiguous()
         elif way == "sequence":
             return self.c(F.relu(self.b(y[:, None]))).squeeze(1)
         elif way == "weight as input":
@@ -253,7 +256,7 @@ class Net(nn.Module):
 TOGETHER = ["plain", "in place", "no relu", "norm", "dropout", "layer twice"]
 APART = [
     *("residual", "used later", "branches", "used before", "sequence", "weight as input"),
-    *("asked for its shape", "dropout in training", "tanh"),
+    *("asked for its shape", "asked how it lies", "dropout in training", "tanh"),
 ]
 
 
@@ -303,3 +306,103 @@ def test_what_is_between_layers_takes_no_part_of_the_budget():
     model[1] = nn.Tanh()
     forward = GridForward(model, levels, [DISTANCE])
     assert forward.capacity(torch.randn(5, 10), 100) == 0
+
+
+class Larger(nn.Module):
+    """Does something else with a batch of more examples than the first check takes."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b, self.c = nn.Linear(10, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+        self.norm, self.other = nn.BatchNorm1d(24), nn.BatchNorm1d(24)
+        nn.init.normal_(self.other.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.way if len(x) > 4 else ""
+        y = F.relu((self.other if way == "another norm" else self.norm)(self.a(x)))
+        y = F.dropout(y, 1.0, training=way == "dropout that is on")
+        if way == "input changed":
+            x.zero_()
+        if way == "another weight":
+            return self.c(F.relu(F.linear(y, self.norm.weight.diag())))
+        z = self.c(F.relu(self.b(y)))
+        if way == "used later":
+            return z + y[:, :4]
+        if way == "layer used later":
+            return z + self.c(y)
+        return y if way == "returned" else z
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("another norm", "dropout that is on", "another weight"),
+        *("used later", "layer used later", "returned"),
+    ],
+)
+def test_a_model_that_treats_batches_differently_is_evaluated_level_by_level(way):
+    model, x = Larger(way).eval(), torch.randn(9, 10)
+    levels = prune_levels(model, GRID)
+    found = grid_losses(model, [x], levels, fallback="changed from one call")
+    torch.testing.assert_close(found, slow_losses(model, [x], levels, None), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_input_that_changes_before_it_is_multiplied_is_noticed(inference):
+    x = torch.randn(9, 10)
+    for way in ("", "input changed"):
+        model = Larger(way).eval()
+        levels = prune_levels(model, GRID)
+        expected = slow_losses(model, [x], levels, lambda model, batch: model(batch.clone()))
+        fallback = "works in place" if way else None
+        with torch.inference_mode(inference and not way):
+            found = grid_losses(model, [x], levels, fallback=fallback)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_what_sees_a_tensor_behind_the_back_of_torch_functions_sees_that_it_has_no_values():
+    class Unseen(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.a(x))
+            with torch._C.DisableTorchFunction():
+                squashed = torch.tanh(y)
+            return self.c(F.relu(self.b(y))) + 1e-6 * squashed[:, :4]
+
+    model, x = Unseen("").eval(), torch.randn(9, 10)
+    levels = prune_levels(model, GRID)
+    found = grid_losses(model, [x], levels, fallback="NaN in other places")
+    torch.testing.assert_close(found, slow_losses(model, [x], levels, None), rtol=0, atol=2e-5)
+
+
+def test_a_layer_whose_bias_is_pruned_stays_apart():
+    model, x = Net("plain").eval(), torch.randn(9, 10)
+    levels = prune_levels(model, GRID)
+    bias = torch.randint(0, len(GRID) + 1, (24,), dtype=torch.uint8)
+    levels = dataclasses.replace(levels, levels={**levels.levels, "b.bias": bias})
+    forward = GridForward(model, levels, [DISTANCE])
+    forward.evaluate(x, [0, 1])
+    with torch.no_grad(), Functions() as seen:
+        forward._grid_outputs(forward._network, x, [0, 1])
+    assert forward.fallback is None
+    assert "grid_linear" in seen.names
+    assert "grid_mlp" not in seen.names
+
+
+def test_copies_of_a_network_have_the_same_norms():
+    model, x = Net("norm").eval(), torch.randn(2000, 10)
+    levels = prune_levels(model, GRID)
+    with threads(2):
+        found = grid_losses(model, [x], levels, activation_bytes=1 << 16)
+    torch.testing.assert_close(found, slow_losses(model, [x], levels, None), rtol=0, atol=2e-5)
+
+
+def test_the_plain_network_keeps_within_the_budget_with_what_is_between_layers():
+    model = nn.Sequential(nn.Linear(10, 2000), nn.ReLU(), nn.Linear(2000, 4)).eval()
+    budget = 4 << 20
+    sizes = []
+    model[1].register_forward_hook(lambda module, args, y: sizes.append(y.nbytes))
+    forward = GridForward(model, prune_levels(model, GRID), [DISTANCE], activation_bytes=budget)
+    forward.evaluate(torch.randn(2000, 10), [0])
+    assert forward.fallback is None
+    assert max(sizes) <= budget

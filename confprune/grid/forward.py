@@ -227,7 +227,7 @@ class GridForward:
             )
             with mode:
                 outputs: Tensor = network(batch)
-            mode.finish()
+            mode.finish(outputs)
             met.update(mode.met)
             self._written = max(self._written, mode.written)
             return outputs
@@ -338,7 +338,7 @@ class GridForward:
     def _example_chunks(self, size: int, levels: int) -> Iterator[tuple[int, int]]:
         """Ranges of examples: as many as fit with all levels, but enough to fill the vectors."""
         assert self._footprint is not None
-        per_example = self._footprint.activation * _LIVE
+        per_example = self._footprint.plain * _LIVE
         most = max(self._fitting(levels, self._budget), self._footprint.examples)
         step = max(1, min(most, self._budget // max(1, per_example)))
         for begin in range(0, size, step):

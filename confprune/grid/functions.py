@@ -198,8 +198,11 @@ UNDER_VMAP: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _multi_head,
 }
 
+# How a tensor lies in memory, which is not as in the plain network.
+LAYOUT: set[Any] = {Tensor.stride, Tensor.is_contiguous}
+
 # What a weight is asked about itself, and masking does not change.
-METADATA: set[Any] = {
+METADATA: set[Any] = LAYOUT | {
     *(
         getattr(Tensor, name).__get__
         for name in (
@@ -212,10 +215,8 @@ METADATA: set[Any] = {
     Tensor.dim,
     Tensor.numel,
     Tensor.nelement,
-    Tensor.stride,
     Tensor.is_floating_point,
     Tensor.is_complex,
-    Tensor.is_contiguous,
     Tensor.__len__,
     Tensor.__hash__,
     torch.is_floating_point,

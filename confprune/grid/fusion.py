@@ -93,6 +93,8 @@ class Fusion:
     functions : list
         The torch functions that are done with it, in order.
     affine : Affine or None
+    norm : tuple
+        The arguments of the batch normalisation that this is, less its input.
     residual : Residual or None
     chained : bool
         What comes of it goes into the next call, of a linear layer, and nowhere else; as what came
@@ -102,6 +104,7 @@ class Fusion:
     convolution: bool = False
     functions: list[Any] = field(default_factory=list)
     affine: Affine | None = None
+    norm: tuple[Any, ...] = ()
     residual: Residual | None = None
     chained: bool = False
 
@@ -112,16 +115,23 @@ class Fusion:
 
     def extended(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Take one more function in, if it is of the kind that can be."""
-        idle = func in _DROPOUTS and not kwargs.get("training", args[2] if len(args) > 2 else True)
-        if idle or (func in _RELUS and not self.relu):
+        if _is_idle(func, args, kwargs) or (func in _RELUS and not self.relu):
             self.functions.append(func)
             return True
         if func is F.batch_norm and not self.functions:
             self.affine = fixed_batch_norm(*args, **kwargs)
             if self.affine is not None:
+                self.norm = _settings(args, kwargs)
                 self.functions.append(func)
                 return True
         return False
+
+    def repeats(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether one of the functions, called again, does what it did."""
+        if func is F.batch_norm:
+            settings = _settings(args, kwargs)
+            return len(settings) == len(self.norm) and all(map(_same, settings, self.norm))
+        return func not in _DROPOUTS or _is_idle(func, args, kwargs)
 
     def added(self, func: Any, residual: Residual) -> bool:
         """Take an addition in, if it can be after the functions so far."""
@@ -190,7 +200,7 @@ class Watcher:
         leaves = list(tree_iter((args, kwargs)))
         prunable = any(self._is_prunable(leaf) for leaf in leaves)
         grown = None if prunable else self._grown(func, args, kwargs)
-        chained = self._chained(func, args) if prunable else None
+        chained = self._chained(func, args, kwargs) if prunable else None
         going_on = grown or chained
         for leaf in leaves:
             if isinstance(leaf, Tensor) and (going_on is None or leaf is not going_on.tensor):
@@ -248,15 +258,21 @@ class Watcher:
                     return link
         return None
 
-    def _chained(self, func: Any, args: Any) -> _Link | None:
+    def _chained(self, func: Any, args: Any, kwargs: dict[str, Any]) -> _Link | None:
         """The output of the last call of a layer, if it goes on into this call of a linear one."""
         calls, unbroken = len(self._fusions), self._linear == len(self._fusions)
-        x = args[0] if func is F.linear and args else None
-        fits = isinstance(x, Tensor) and _can_begin_chain(x)
-        link = self._links.get(id(x))
+        fits = func is F.linear and len(args) > 0 and self._fits_chain(*args, **kwargs)
+        link = self._links.get(id(args[0])) if fits else None
         follows = link is not None and link.tip and link.layer == calls - 1
         self._linear = calls + 1 if unbroken and fits and (follows or calls == 0) else -1
         return link if self._linear > 0 and follows else None
+
+    def _fits_chain(self, x: Tensor, weight: Any, bias: Any = None) -> bool:
+        """Whether a linear layer rounds nothing before its end, and takes one row an example."""
+        exact = x.dtype in (torch.float32, torch.float64)
+        prunable = self._is_prunable(weight) and weight.ndim == 2 and not self._is_prunable(bias)
+        fits = x.ndim == 2 and x.shape[1] <= MOST_SHARED and x.device.type == "cpu"
+        return exact and prunable and fits
 
     def _residual(self, link: _Link, other: Any) -> Residual | None:
         """What `other` is, if a layer that has been called can add it to its output."""
@@ -278,7 +294,18 @@ class Watcher:
             self._known[id(tensor)] = _Known(tensor, residual, tensor._version)
 
 
-def _can_begin_chain(x: Tensor) -> bool:
-    """Whether layers on `x` round nothing between them, and take one row an example."""
-    exact = x.dtype in (torch.float32, torch.float64)
-    return exact and x.ndim == 2 and x.shape[1] <= MOST_SHARED and x.device.type == "cpu"
+def _is_idle(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this is a dropout that is off."""
+    return func in _DROPOUTS and not kwargs.get("training", args[2] if len(args) > 2 else True)
+
+
+def _settings(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a function is given besides its input."""
+    return *args[1:], *(value for _, value in sorted(kwargs.items()))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are the same; copies of a network have copies of its statistics."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    return bool(one == other)

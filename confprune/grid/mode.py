@@ -25,6 +25,8 @@ from confprune.grid.fusion import ADDITIONS, LAYER_CALLS, Fusion, Residual
 from confprune.grid.layers import Layer, LinearStep, multiply_chain
 from confprune.grid.levels_at_once import depends_on_level, levels_at_once
 
+_CHANGED = "the model's functions changed from one call to the next"
+
 
 class GridMode(TorchFunctionMode):
     """Replaces prunable weights by their masked selves at `level`, a scalar that vmap may batch.
@@ -68,8 +70,10 @@ class GridMode(TorchFunctionMode):
         self._wanted = {fusion.residual for fusion in fusions}
         self._residuals: dict[Residual, Tensor] = {}
         self._done: dict[int, _Done] = {}  # outputs ahead of the model
+        self._used: dict[int, Tensor] = {}  # that stood for outputs of a chain
         self._chain: list[LinearStep] = []  # that wait for the last of them
         self._head = level  # the input of the first
+        self._version = 0  # of that
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -114,10 +118,10 @@ class GridMode(TorchFunctionMode):
 
     def fused(self, y: Tensor) -> Tensor:
         """Note that `y` is already what the functions of the call's fusion make of it."""
-        functions, chained = self._fusion.functions, self._fusion.chained
-        self._keep(Residual(self._layer, len(functions)), y)
-        if functions or chained:
-            self._done[id(y)] = _Done(y, functions, self.residual, chained)
+        fusion = self._fusion
+        self._keep(Residual(self._layer, len(fusion.functions)), y)
+        if fusion.functions or fusion.chained:
+            self._done[id(y)] = _Done(y, fusion, 0, self.residual)
         self._layer, self._fusion, self.residual = -1, Fusion(), None
         return y
 
@@ -136,12 +140,15 @@ class GridMode(TorchFunctionMode):
         shape and nothing else.
         """
         first = not self._chain
+        self._done.pop(id(x), None)
         if not first:
-            self.finish()  # unless `x` stands for the outputs of the last of them
+            self.finish(x)  # unless `x` stood for the outputs of the last of them
+            self._used[id(x)] = x
         shared = first and not depends_on_level(x)
         step = LinearStep(*layer.rows(shared=shared, transposed=transposed), *self.follow(bias))
         if self._fusion.chained and (shared or not first):
-            self._head = x if first else self._head
+            if first:
+                self._head, self._version = x, _version(x)
             self._chain.append(step)
             return levels_at_once(step.stand_in, self.level, x)
         # Sequences go on to normalisations over their features, which want these to be contiguous.
@@ -149,29 +156,29 @@ class GridMode(TorchFunctionMode):
         if first:
             multiply = functools.partial(step.multiply, batch_minor)
             return levels_at_once(multiply, self.level, x)
+        if _version(self._head) != self._version:
+            raise RuntimeError("the model works in place on an input it has used")
         chain, self._chain = [*self._chain, step], []
         multiply = functools.partial(multiply_chain, chain, batch_minor)
         return levels_at_once(multiply, self.level, self._head)
 
-    def finish(self) -> None:
+    def finish(self, outputs: Tensor) -> None:
         """Raise RuntimeError where an output was not used as the fusions took for granted."""
-        if self._done:
-            raise RuntimeError("the model's functions changed from one call to the next")
+        if self._done or id(outputs) in self._used:
+            raise RuntimeError(_CHANGED)
 
     def _ahead(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The output that this call is about, if it has been made together with its layer."""
-        if not self._done:
+        if not self._done and not self._used:
             return None
         for tensor in _tensors(args, kwargs):
             done = self._done.get(id(tensor))
-            if done is not None:
-                if not done.is_next(func, args):
-                    self.finish()
-                del self._done[id(tensor)]
-                if not done.functions:
-                    return None
-                if len(done.functions) > 1 or done.chained:
-                    self._done[id(tensor)] = done._replace(functions=done.functions[1:])
+            if id(tensor) in self._used or (done and not done.is_next(func, args, kwargs)):
+                raise RuntimeError(_CHANGED)
+            if done and done.step < len(done.fusion.functions):
+                self._done[id(tensor)] = done = done._replace(step=done.step + 1)
+                if done.step == len(done.fusion.functions) and not done.fusion.chained:
+                    del self._done[id(tensor)]
                 return tensor
         return None
 
@@ -194,21 +201,26 @@ class GridMode(TorchFunctionMode):
 class _Done(NamedTuple):
     """An output that is ahead of the model by some functions, one of which may add a residual.
 
-    A linear layer takes it after that, if it is `chained`.
+    A linear layer takes it after that, if the fusion is chained.
     """
 
     output: Tensor
-    functions: Sequence[Any]
+    fusion: Fusion
+    step: int  # number of the next of the functions
     residual: Tensor | None
-    chained: bool
 
-    def is_next(self, func: Any, args: Any) -> bool:
-        """Whether this call is the first of the functions, or that of the linear layer."""
-        if func is not (self.functions[0] if self.functions else F.linear):
+    def is_next(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether this call is that of the next function, or of the linear layer after them."""
+        if func is not [*self.fusion.functions, F.linear][self.step]:
             return False
         if func in ADDITIONS:
             return any(a is self.output and b is self.residual for a, b in (args, args[::-1]))
-        return args[0] is self.output
+        return args[0] is self.output and self.fusion.repeats(func, args, kwargs)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been worked on in place, where torch keeps count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from confprune.grid.functions import METADATA
+from confprune.grid.functions import LAYOUT, METADATA
 from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
 from confprune.grid.layers import Layer
 
@@ -19,9 +19,13 @@ _LEAST_ACTIVATION = 320  # bytes: more examples together gain nothing, and are h
 
 
 class Footprint(NamedTuple):
-    """Bytes that one example or one level costs, and the examples that fill the lanes."""
+    """Bytes that one example or one level costs, and the examples that fill the lanes.
+
+    `plain` is `activation` in a run of one level, where layers write what is between them.
+    """
 
     activation: int
+    plain: int
     weight: int
     examples: int
 
@@ -43,6 +47,8 @@ class Probe(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in LAYOUT:
+            self._watcher.end(args[0])  # the model may go on in another way
         if func in METADATA:
             return result
         self._watcher.see(func, args, kwargs or {}, result)
@@ -77,4 +83,5 @@ class Probe(TorchFunctionMode):
         examples = _LANES // math.gcd(rows, _LANES) if rows else _CONVOLUTION_EXAMPLES
         written = [nbytes for fusion, nbytes in self._by_fusion if not fusion.chained]
         activation = max([self._largest, *written, _LEAST_ACTIVATION * size])
-        return Footprint(-(-activation // size), weight, examples)
+        plain = max([self._largest, *(nbytes for _, nbytes in self._by_fusion)])
+        return Footprint(-(-activation // size), -(-plain // size), weight, examples)

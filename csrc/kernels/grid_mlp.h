@@ -22,7 +22,7 @@ void run_mlp_typed(const MlpDetails& d, int64_t part, T* scratch) {
   T* const tile = sums + shared.rows.rows * L::kTile;
   T* const hidden = tile + d.widest * L::kTile;
   T* const between[2] = {hidden + d.group * shared.rows.rows * L::kTile,
-                         hidden + (d.group * shared.rows.rows + d.widest) * L::kTile};
+                         hidden + (d.group * shared.rows.rows + d.between) * L::kTile};
   Finite<T> finite;
   pack(head, static_cast<const T*>(shared.x.data), first, 0, packed, finite);
   const Activation& y = tail.product.y;

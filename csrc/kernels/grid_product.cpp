@@ -270,15 +270,17 @@ MlpPlan::MlpPlan(const std::vector<GridProduct>& layers, int threads) : details_
   const int64_t whole = (even + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
   const int64_t chunk = std::min(lanes, std::max(kLeastLanes, whole));
   d.parts = (first.batch + chunk - 1) / chunk;
-  d.widest = 0;
   for (const GridProduct& product : layers) {
     GridDetails layer{};
     layer.product = product;
     layer.packed = pack_layout(product, chunk);
     layer.lanes = lanes;
-    d.widest = std::max(d.widest, product.rows.rows);
     d.layers.push_back(std::move(layer));
   }
+  d.between = 0;
+  for (std::size_t i = 1; i + 1 < layers.size(); ++i)
+    d.between = std::max(d.between, layers[i].rows.rows);
+  d.widest = std::max(d.between, layers.back().rows.rows);
   const int64_t level = first.rows.rows * lanes * (first.wide ? 8 : 4);
   d.group = std::clamp<int64_t>(kHiddenBytes / level, 1, first.num_levels);
 }
@@ -295,7 +297,8 @@ int64_t MlpPlan::scratch_bytes() const {
   const MlpDetails& d = *details_;
   const GridProduct& first = d.layers.front().product;
   // The input, its sums and outputs, and the partial sums and outputs of the layers that follow.
-  const int64_t rows = first.convolution.channels + (1 + d.group) * first.rows.rows + 3 * d.widest;
+  const int64_t rows =
+      first.convolution.channels + (1 + d.group) * first.rows.rows + d.widest + 2 * d.between;
   return rows * d.layers.front().lanes * (first.wide ? 8 : 4) + 64;
 }
 

@@ -46,9 +46,10 @@ struct GridDetails {
 // Linear layers, each of which takes the outputs of the one before.
 struct MlpDetails {
   std::vector<GridDetails> layers;
-  int64_t parts;   // chunks of the batch
-  int64_t widest;  // rows of a layer
-  int64_t group;   // levels of the first layer's outputs that are held together
+  int64_t parts;    // chunks of the batch
+  int64_t widest;   // rows of a layer after the first
+  int64_t between;  // rows of a layer between the first and the last
+  int64_t group;    // levels of the first layer's outputs that are held together
 };
 
 constexpr int64_t kConvolutionChunk = 16;  // examples of a convolution that are packed together
