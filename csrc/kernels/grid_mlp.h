@@ -1,8 +1,8 @@
 // Linear layers one after the other, over a vector width; part of grid_algorithm.h.
 //
-// A tile of examples goes through all layers before the next: what is between the layers is never
-// larger than the second-level cache, of a few levels at a time after the first layer, and of one
-// after the others.
+// A tile of examples goes through all layers before the next, and what is between the layers is
+// only held for a few levels at a time after the first layer, and for one after the others: layers
+// of usual widths find their inputs in the second-level cache.
 
 namespace confprune {
 namespace {
