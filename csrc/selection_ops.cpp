@@ -20,8 +20,7 @@ using at::Tensor;
 
 constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
-constexpr int64_t kBlock =
-    1 << 18;  // elements handed out at a time: many more than start a reading
+constexpr int64_t kBlock = 1 << 18;  // elements handed out at a time: starting one costs little
 
 Source source_of(const Tensor& tensor, const char* argument) {
   TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+import confprune
 from confprune.certificate.fingerprint import difference
 from confprune.sparse.modules import SparseLayer
 
@@ -28,10 +29,19 @@ def deployed_weight(model: nn.Module, name: str) -> Tensor | None:
     return owner._parameters.get(leaf)
 
 
+def check_certificate(certificate: object) -> None:
+    """Raise TypeError for what is no certificate, such as the path of one."""
+    if not isinstance(certificate, confprune.Certificate):
+        raise TypeError(
+            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
+            "a file with confprune.Certificate.load"
+        )
+
+
 def check_deployed(
     certificate: Certificate, model: nn.Module, pruned: nn.Module | None = None
 ) -> None:
-    """Raise ValueError for a network that cannot be the certified one.
+    """Refuse a network that cannot be the certified one.
 
     Parameters
     ----------
@@ -43,6 +53,13 @@ def check_deployed(
         The network that ``certificate.prune`` gives: then every weight is compared, else names,
         shapes, types and numbers of zeros, because a certificate holds no pruned weights.
 
+    Raises
+    ------
+    TypeError
+        If `certificate` is none, but the path of one, say.
+    ValueError
+        If the network is another one, naming the difference.
+
     Examples
     --------
     >>> import confprune
@@ -53,6 +70,7 @@ def check_deployed(
     >>> small = confprune.sparse.compress(certificate.prune(model), kernel="sparse", min_sparsity=0)
     >>> check_deployed(certificate, small, certificate.prune(model))
     """
+    check_certificate(certificate)
     differs = None if certificate.pruning is None else _difference(certificate, model, pruned)
     if differs is not None:
         raise ValueError(f"the certificate is for another network: {differs}")

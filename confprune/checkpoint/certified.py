@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import confprune
+from confprune.certificate.deployed import check_certificate
 from confprune.certificate.fingerprint import difference, fingerprint_entry
 from confprune.checkpoint.layout import PRUNABLE_DTYPES, StoredTensor
 from confprune.checkpoint.reading import ahead, same_bytes, tensor_blocks
@@ -12,15 +12,6 @@ from confprune.checkpoint.source import Checkpoint
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
-
-
-def check_certificate(certificate: object) -> None:
-    """Raise TypeError for what is no certificate, such as the path of one."""
-    if not isinstance(certificate, confprune.Certificate):
-        raise TypeError(
-            f"certificate must be a confprune.Certificate, got {type(certificate).__name__}: read "
-            "a file with confprune.Certificate.load"
-        )
 
 
 def certified_tensors(checkpoint: Checkpoint, certificate: Certificate) -> list[StoredTensor]:

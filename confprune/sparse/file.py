@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import confprune
-from confprune.checkpoint.certified import check_certificate
 from confprune.checkpoint.layout import COMPRESSED
 from confprune.files import written_whole
 from confprune.parameters import DTYPES
@@ -75,7 +74,6 @@ def save_sparse(
     if certificate is not None:
         from confprune.certificate.deployed import check_deployed
 
-        check_certificate(certificate)
         check_deployed(certificate, model)
     layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
