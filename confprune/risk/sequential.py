@@ -239,7 +239,9 @@ class SequentialTest:
             tracker.split(matrix, mask, starts)
             for tracker, matrix, mask in zip(self._trackers, matrices, expanded, strict=True)
         ]
-        for size, *of_trackers in zip(np.diff(starts, append=shape[0]).tolist(), *parts, strict=True):
+        for size, *of_trackers in zip(
+            np.diff(starts, append=shape[0]).tolist(), *parts, strict=True
+        ):
             if self.finished:
                 break
             columns = np.searchsorted(asked, self._active)

@@ -264,7 +264,7 @@ class BettingTracker:
     def split(
         self, losses: NDArray[Any], counted: BoolArray | None, starts: IntArray
     ) -> list[tuple[NDArray[Any], BoolArray | None]]:
-        """Losses [m, A], and which count, [m, A] or None for all, by parts that begin at `starts`."""
+        """Losses [m, A], and which of them count (None: all), by the parts from `starts` on."""
         parts = np.split(losses, starts[1:])
         masks = [None] * len(parts) if counted is None else np.split(counted, starts[1:])
         return list(zip(parts, masks, strict=True))
