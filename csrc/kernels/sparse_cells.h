@@ -39,6 +39,7 @@ struct Tile {
   static constexpr int kRows = std::clamp(8 / kVectors, 1, 4);
   typedef T Vector __attribute__((vector_size(kVector)));
   typedef T Unaligned __attribute__((vector_size(kVector), aligned(alignof(T)), may_alias));
+  typedef Vector Sums[kRows][kVectors];
 
   static const Unaligned& at(const T* lanes, int v) {
     return *reinterpret_cast<const Unaligned*>(lanes + v * kWidth);
@@ -50,9 +51,9 @@ struct Tile {
 
 // sums[row, lanes] += one survivor of each row · x[its column, lanes].
 template <class T, int kBytes>
-inline __attribute__((always_inline)) void add_step(
-    typename Tile<T, kBytes>::Vector (&sums)[Tile<T, kBytes>::kRows][Tile<T, kBytes>::kVectors],
-    const T* values, const uint8_t* columns, const T* x) {
+inline __attribute__((always_inline)) void add_step(typename Tile<T, kBytes>::Sums& sums,
+                                                    const T* values, const uint8_t* columns,
+                                                    const T* x) {
   using L = Tile<T, kBytes>;
   const Four<T, L::kVector> four(values);
   uint32_t four_columns = 0;  // in one load
@@ -70,7 +71,7 @@ inline void multiply_rows(const uint8_t* places, const uint16_t* starts, int64_t
                           const T* values, const uint8_t* columns, const T* x, T* y,
                           int64_t pitch) {
   using L = Tile<T, kBytes>;
-  typename L::Vector sums[L::kRows][L::kVectors];
+  typename L::Sums sums;
   for (int r = 0; r < L::kRows; ++r)
     for (int v = 0; v < L::kVectors; ++v)
       sums[r][v] = L::at(y + places[r] * pitch, v);
