@@ -99,6 +99,7 @@ class GridForward:
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._footprint: Footprint | None = None
 
+    @torch.inference_mode(mode=False)  # where in-place work leaves no trace
     @torch.no_grad()
     def capacity(self, batch: Any, levels: int) -> int:
         """The most examples that cost little more than one, evaluated in one go at so many levels.
@@ -110,6 +111,7 @@ class GridForward:
             self._prepare(batch)
         return self._fitting(levels, min(self._budget, ACTIVATION_BYTES))
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def evaluate(
         self,

@@ -202,7 +202,7 @@ UNDER_VMAP: dict[Any, Callable[..., Any]] = {
 LAYOUT: set[Any] = {Tensor.stride, Tensor.is_contiguous}
 
 # What a weight is asked about itself, and masking does not change.
-METADATA: set[Any] = LAYOUT | {
+METADATA: set[Any] = {
     *(
         getattr(Tensor, name).__get__
         for name in (
