@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from confprune.grid.levels_at_once import version
+from confprune.grid.levels_at_once import depends_on_level, version
 
 MOST_SHARED = 32767
 """Columns of a weight whose levels can share one input."""
@@ -114,6 +114,8 @@ class _Setting(NamedTuple):
         """Whether `other` is as it was; copies of a network have copies of its statistics."""
         if not isinstance(self.value, Tensor) or not isinstance(other, Tensor):
             return bool(self.value == other)
+        if depends_on_level(other):
+            return False
         same = self.value is other and version(other) == self.version
         return same or torch.equal(self.copy, other)
 

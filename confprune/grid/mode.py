@@ -103,7 +103,7 @@ class GridMode(TorchFunctionMode):
 
     def _begin(self, func: Any, args: Any) -> None:
         """Find the fusion of a call of a layer, and the residual that it adds."""
-        self._layer, self._fusion, self.residual = -1, Fusion(), None
+        self.unfuse()
         if func not in LAYER_CALLS:
             return
         self._layer, self._fusion = next(self._fusions, (-1, Fusion()))
@@ -122,6 +122,10 @@ class GridMode(TorchFunctionMode):
         """What the model is given for `y`, which is already what the call's fusion makes of it."""
         self._keep(Residual(self._layer, len(self._fusion.steps)), y)
         return self._ahead.give(y, self._fusion, self.residual)
+
+    def unfuse(self) -> None:
+        """Let the call under way do nothing besides its product."""
+        self._layer, self._fusion, self.residual = -1, Fusion(), None
 
     def follow(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
         """The shift, the scale and whether there is a ReLU, for the call under way."""
