@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from level_by_level import ANY, DISTANCE, GRID, grid_losses, slow_losses
 from torch import Tensor, nn
 
-from confprune import loss_matrix, prune_levels
+from confprune import Loss, Reference, loss_matrix, prune_levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,6 +267,34 @@ def chain_goes_on_without_a_layer(model, x, odd):
 )
 def test_a_chain_of_layers_that_is_another_one_on_some_batch_is_noticed(way):
     check(way, FLAT, ANY if way is chain_is_shorter else CHANGED)
+
+
+@pytest.mark.parametrize("rows", [1, 4, None])
+def test_outputs_without_a_row_per_example_are_refused_on_every_batch(rows):
+    class Fewer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if len(x) == ODD:
+                return y.sum() if rows is None else y[:rows]
+            return y
+
+    model, data = Fewer(6, 3), [torch.randn(n, 6) for n in (8, ODD)]
+    with pytest.raises(
+        ValueError, match=r"output has shape .* for a batch of 5 examples; its first"
+    ):
+        loss_matrix(model, data, prune_levels(model, GRID), DISTANCE, progress=False)
+
+
+@pytest.mark.parametrize("vmappable", [False, True])
+def test_a_loss_that_returns_one_value_for_some_batch_is_refused(vmappable):
+    def mean(outputs: Tensor, reference: Reference) -> Tensor:
+        return outputs[:, 0].sigmoid()[: 1 if len(outputs) == ODD else None]
+
+    model, data = nn.Linear(6, 3), [torch.randn(n, 6) for n in (8, ODD)]
+    levels = prune_levels(model, GRID)
+    loss = Loss("mean", mean, vmappable=vmappable)
+    with pytest.raises(ValueError, match=r"loss 'mean' returned \[1\] for 5 examples"):
+        loss_matrix(model, data, levels, loss, progress=False)
 
 
 @pytest.mark.parametrize("way", [relu_used_before, added(residual_changes)])
