@@ -396,6 +396,19 @@ def test_a_hidden_use_of_a_weight_is_noticed(way, reason):
     check(Hiding(way), [torch.randn(4, 10)], fallback=reason)
 
 
+@pytest.mark.parametrize("part", ["all", "inside", "forward"])
+def test_what_is_compiled_of_a_model_keeps_its_grid(part):
+    body = perceptron()
+    forward = None
+    if part == "all":
+        model = torch.compile(body, backend="eager")
+    elif part == "inside":
+        model = nn.Sequential(torch.compile(body, backend="eager"))
+    else:
+        model, forward = body, torch.compile(lambda model, x: model(x), backend="eager")
+    check(model, [torch.randn(n, 10) for n in (9, 300, 1, 7)], forward=forward)
+
+
 @pytest.mark.parametrize("operator", ["aten.linear", "checkpoint", "compiled"])
 def test_uncommon_ways_to_a_weight_are_seen(operator):
     class Other(nn.Module):
@@ -411,7 +424,7 @@ def test_uncommon_ways_to_a_weight_are_seen(operator):
     model = Other()
     if operator == "compiled":
         model = torch.compile(model, backend="eager")
-    check(model, [torch.randn(4, 10)], fallback=ANY if operator == "compiled" else None)
+    check(model, [torch.randn(4, 10)])
 
 
 class OwnBias(nn.Module):

@@ -8,9 +8,10 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -376,14 +377,27 @@ class _Network(nn.Module):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module's own training flag restored in the end."""
+    """The model in evaluation mode, each module's own training flag restored in the end.
+
+    What is compiled of it runs as it was written: the grid sees every function, and no batch of
+    another size is compiled for.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield
+        with _eagerly():
+            yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+def _eagerly() -> AbstractContextManager[object]:
+    """Without the compiler of torch, which takes its time to import where nobody uses it."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _check_outputs(outputs: Tensor, size: int) -> None:
