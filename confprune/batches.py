@@ -106,11 +106,12 @@ def check_independent(data: Any) -> None:
     >>> from confprune.batches import check_independent
     >>> check_independent(torch.zeros(7, 3))
     """
-    why = why_dependent(data) if isinstance(data, DataLoader) else None
+    why = why_dependent(data)
     if why is not None:
         raise ValueError(
             f"data must be independent examples, each counted once, but {why}: a certificate would "
-            "not hold. Give the Dataset itself, or a DataLoader of it without that sampler"
+            "not hold. Give the Dataset itself, or a DataLoader or Subset that takes each example "
+            "once"
         )
 
 

@@ -314,6 +314,7 @@ def pruning_of(
         statistics={name: fingerprint(values) for name, values in levels.statistics.items()},
         score_data=score_data,
         kept=levels.statistics,
+        network=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 

@@ -153,6 +153,8 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("compressed.safetensors", "risk.png"):
+        (folder / name).unlink(missing_ok=True)  # of another certificate, if none is made below
     # First what took the time: no failure with the other files loses it.
     certificate.save(folder / "certificate.json")
     pruned = certificate.prune(model)

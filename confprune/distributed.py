@@ -46,7 +46,9 @@ class Ranks:
     Raises
     ------
     ValueError
-        If this process does not belong to the group.
+        If this process does not belong to the group, or has left all groups.
+    TypeError
+        If it is no process group.
 
     Examples
     --------
@@ -61,6 +63,7 @@ class Ranks:
         self._group = group
         self.rank, self.size = 0, 1
         if group is not None:
+            _check_group(group)
             self.rank = dist.get_rank(group)
             if self.rank < 0:
                 raise ValueError("this process is no member of group; call on its ranks only")
@@ -182,6 +185,17 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _check_group(group: object) -> None:
+    """Raise unless this is a process group, or what torch gives to a process outside of it."""
+    if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(
+            "group must be a torch.distributed.ProcessGroup, such as "
+            f"torch.distributed.group.WORLD, got {group!r}"
+        )
+    if not dist.is_initialized():
+        raise ValueError("group was given but there is none: call init_process_group() before")
 
 
 def _device(group: ProcessGroup) -> torch.device:

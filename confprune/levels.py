@@ -66,9 +66,11 @@ class PruneLevels:
 
     def __repr__(self) -> str:
         low, high = self.sparsities[0], self.sparsities[-1]
+        one = len(self) == 1
+        grid = f"sparsity {low:g}" if one else f"{len(self)} sparsities from {low:g} to {high:g}"
+        parameters = f"{len(self.levels)} parameter" + ("" if len(self.levels) == 1 else "s")
         return (
-            f"PruneLevels({len(self)} sparsities from {low:g} to {high:g}, {self.total:,} weights "
-            f"in {len(self.levels)} parameters, scope={self.scope!r}, "
+            f"PruneLevels({grid}, {self.total:,} weights in {parameters}, scope={self.scope!r}, "
             f"criterion={self.criterion!r}"
             + ("" if self.pattern is None else f", pattern={self.pattern!r}")
             + ")"

@@ -1,16 +1,21 @@
-"""What a DataLoader makes of its dataset: which examples, how many, and in what order."""
+"""What loaders and subsets make of a dataset: which examples, how many, and in what order."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -52,8 +57,51 @@ def visits_each_once(loader: DataLoader[Any]) -> bool:
     )
 
 
-def why_dependent(loader: DataLoader[Any]) -> str | None:
-    """Say why the examples of a loader are no independent ones; None if nothing is known.
+def examples_of(data: Any) -> tuple[Any, NDArray[np.int64] | None] | None:
+    """The dataset behind loaders and subsets, and the indices taken of it; None for all.
+
+    Indices that cannot be read, as those of a sampler of the user's own, are all of them.
+
+    Examples
+    --------
+    >>> import torch
+    >>> data = torch.zeros(7, 3)
+    >>> examples_of(DataLoader(Subset(data, range(2, 7)), sampler=[0, 4]))[1]
+    array([2, 6])
+    """
+    if isinstance(data, DataLoader):
+        own = _indices(_sampled(data))
+    elif isinstance(data, Subset):
+        own = _indices(data.indices)
+    else:
+        return (data, None) if isinstance(data, Dataset) else None
+    base, inner = examples_of(data.dataset) or (data.dataset, None)
+    if own is None:
+        return base, inner
+    if isinstance(data.dataset, Sized):
+        own = own % max(1, len(data.dataset))  # negative ones count from the end
+    return base, own if inner is None else inner[own]
+
+
+def _sampled(loader: DataLoader[Any]) -> Any:
+    """The indices that a loader takes of its dataset, where they lie open."""
+    batches = loader.batch_sampler
+    if isinstance(batches, list | tuple):
+        return [index for batch in batches for index in batch]
+    sampler = getattr(batches, "sampler", loader.sampler)
+    return sampler.indices if isinstance(sampler, SubsetRandomSampler) else sampler
+
+
+def _indices(values: Any) -> NDArray[np.int64] | None:
+    """Integers that can be read, as an array; None for anything else."""
+    if not isinstance(values, list | tuple | range | np.ndarray | Tensor):
+        return None
+    found = np.asarray(values)
+    return found.astype(np.int64) if found.dtype.kind in "iu" and found.ndim == 1 else None
+
+
+def why_dependent(data: Any) -> str | None:
+    """Say why the examples of a loader or subset are no independent ones; None if they may be.
 
     Examples
     --------
@@ -61,7 +109,20 @@ def why_dependent(loader: DataLoader[Any]) -> str | None:
     >>> data = torch.zeros(7, 3)
     >>> why_dependent(DataLoader(data, sampler=RandomSampler(data, replacement=True)))
     'RandomSampler(replacement=True) gives the same example several times'
+    >>> why_dependent(Subset(data, [0, 1, 1, 1, 3, 3]))
+    'its indices repeat examples: 3 different ones in 6'
     """
+    if isinstance(data, DataLoader) and (why := _why_sampled(data)):
+        return why
+    _, taken = examples_of(data) or (data, None)
+    different = 0 if taken is None else len(np.unique(taken))
+    if taken is not None and different < len(taken):
+        return f"its indices repeat examples: {different} different ones in {len(taken)}"
+    return None
+
+
+def _why_sampled(loader: DataLoader[Any]) -> str | None:
+    """Say why the sampler of a loader gives no independent examples."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, WeightedRandomSampler):
         return "WeightedRandomSampler prefers some examples to others, or repeats them"

@@ -204,7 +204,7 @@ def _(
     return (
         weight.new_empty(alive, dtype=compute),
         weight.new_empty(alive, dtype=torch.int16),
-        weight.new_empty(cells + 1, dtype=torch.int64),
+        weight.new_empty(cells + 2, dtype=torch.int64),
         weight.new_empty(num_levels, cells, dtype=torch.int16),
     )
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+
+from confprune.loaders import examples_of
 
 
 def overlap(first: Any, second: Any) -> bool:
@@ -30,7 +32,7 @@ def overlap(first: Any, second: Any) -> bool:
     """
     if first is second:
         return True
-    one, other = _dataset(first), _dataset(second)
+    one, other = examples_of(first), examples_of(second)
     if one is not None and other is not None and one[0] is other[0]:
         if one[1] is None or other[1] is None:
             return True
@@ -41,21 +43,6 @@ def overlap(first: Any, second: Any) -> bool:
         for tensor in _tensors(first)
         for other_rows in rows
     )
-
-
-def _dataset(data: Any) -> tuple[Any, np.ndarray | None] | None:
-    """The dataset behind loaders and subsets, and the indices taken of it; None: all."""
-    if isinstance(data, DataLoader):
-        return _dataset(data.dataset)
-    if not isinstance(data, Dataset):
-        return None
-    if not isinstance(data, Subset):
-        return data, None
-    own = np.asarray(data.indices, dtype=np.int64)
-    inner = _dataset(data.dataset)
-    if inner is None:  # a plain sequence can be subset, too
-        return data.dataset, own
-    return inner[0], own if inner[1] is None else inner[1][own]
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:

@@ -57,6 +57,8 @@ def resolve_pattern(pattern: str | None) -> Pattern | None:
     ------
     ValueError
         If it names none, saying how they are written.
+    TypeError
+        If it is no text.
 
     Examples
     --------
@@ -66,6 +68,8 @@ def resolve_pattern(pattern: str | None) -> Pattern | None:
     """
     if pattern is None:
         return None
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a text, such as 'N:4' or '4x4', got {pattern!r}")
     if pattern == "rows":
         return Blocks(1, None)
     if group := re.fullmatch(r"N:([1-9]\d*)", pattern):
@@ -255,7 +259,8 @@ def _units(tensor: Tensor, pattern: Blocks) -> _Units:
     if pattern.columns is None:
         by_place = tensor.flatten(1).unsqueeze(1)
     outputs, places, inputs = by_place.shape
-    r, c = pattern.rows, pattern.columns or max(1, inputs)
+    r = min(pattern.rows, max(1, outputs))
+    c = min(pattern.columns or inputs, inputs) or 1
     padding = (0, -inputs % c, 0, 0, 0, -outputs % r)
     squares = F.pad(by_place.double().square(), padding)
     down, across = squares.shape[0] // r, squares.shape[2] // c

@@ -191,6 +191,20 @@ def resolve_accept(accept: Accept) -> Loss:
         )
 
     def accepted(outputs: Tensor, reference: Reference) -> Tensor:
-        return accept(outputs, reference).to(torch.float32)
+        values = accept(outputs, reference)
+        _check_accepted(values, len(outputs))
+        return values.to(torch.float32)
 
     return Loss(getattr(accept, "__name__", "accept"), accepted, True)
+
+
+def _check_accepted(values: object, size: int) -> None:
+    """Raise ValueError unless there is a yes or no for each of so many examples."""
+    asked = f"for {size} examples; it must return true or false for each, a tensor [B]"
+    if not isinstance(values, Tensor):
+        raise ValueError(f"accept returned a {type(values).__name__} {asked}")
+    if values.shape != (size,):
+        raise ValueError(f"accept returned shape {list(values.shape)} {asked}")
+    unclear = values[(values != 0) & (values != 1)]
+    if len(unclear):
+        raise ValueError(f"accept returned {unclear[0].item():g} {asked}: compare with a threshold")

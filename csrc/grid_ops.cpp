@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   const int64_t blocks = (m.row_size + block - 1) / block;
   const int64_t cells = m.rows * blocks;
   const auto long_options = weight.options().dtype(at::kLong);
-  Tensor starts = at::zeros({cells + 1}, long_options);
+  Tensor starts = at::zeros({cells + 2}, long_options);
   Tensor counts = at::empty({num_levels, cells}, weight.options().dtype(at::kShort));
   int64_t* start = starts.data_ptr<int64_t>();
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, m.row_size));
@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
                     " levels");
   for (int64_t cell = 0; cell < cells; ++cell)
     start[cell + 1] += start[cell];
+  start[cells + 1] = m.row_size;  // which nothing else says; a product must not read beyond it
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
@@ -97,14 +98,14 @@ void check_product(const Tensor& x, const Follow& follow, const Tensor& level, a
                     " inputs for ", level.numel(), " levels; it takes one, or one a level");
   TORCH_CHECK_VALUE(rows.size() == 4, "rows must be the four tensors of prefix_rows");
   TORCH_CHECK_VALUE(row_size > 0, "a weight with no columns has no grid product");
-  const int64_t blocks = (row_size + block - 1) / std::max<int64_t>(1, block);
+  const int64_t cells = outputs * ((row_size + block - 1) / std::max<int64_t>(1, block));
   TORCH_CHECK_VALUE(block >= 1 && rows[0].scalar_type() == compute &&
                         rows[1].scalar_type() == at::kShort && rows[2].scalar_type() == at::kLong &&
-                        rows[3].scalar_type() == at::kShort &&
-                        rows[2].numel() == outputs * blocks + 1 && rows[3].dim() == 2 &&
-                        rows[3].size(1) == outputs * blocks && rows[0].numel() == rows[1].numel() &&
-                        contiguous(rows) &&
-                        rows[2].const_data_ptr<int64_t>()[outputs * blocks] == rows[0].numel(),
+                        rows[3].scalar_type() == at::kShort && rows[2].numel() == cells + 2 &&
+                        rows[3].dim() == 2 && rows[3].size(1) == cells &&
+                        rows[0].numel() == rows[1].numel() && contiguous(rows) &&
+                        rows[2].const_data_ptr<int64_t>()[cells] == rows[0].numel() &&
+                        rows[2].const_data_ptr<int64_t>()[cells + 1] == row_size,
                     "rows were not made by prefix_rows with block ", block, " from a ", compute,
                     " matrix of shape [", outputs, ", ", row_size, "]");
   const int64_t num_levels = rows[3].size(0);

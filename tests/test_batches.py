@@ -15,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -300,7 +301,9 @@ def test_samplers_that_repeat_or_prefer_examples_do_not_calibrate(sampler, why, 
     given = sampler if by == "sampler" else BatchSampler(sampler, 2, drop_last=False)
     loader = DataLoader(TensorDataset(X), **{by: given})
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=f"data must be independent .*{why}.* without that sampl"):
+    with pytest.raises(
+        ValueError, match=f"data must be independent .*{why}.* that takes each example once"
+    ):
         confprune.calibrate(
             model, loader, loss="disagreement", alpha=0.5, delta=0.5, progress=False
         )
@@ -311,6 +314,51 @@ def test_samplers_that_repeat_or_prefer_examples_do_not_calibrate(sampler, why, 
 @pytest.mark.parametrize("sampler", [RandomSampler(X, num_samples=3), SubsetRandomSampler([1, 5])])
 def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
     check_independent(DataLoader(TensorDataset(X), sampler=sampler))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Subset(TensorDataset(X), [0, 1, 1, 5]),
+        Subset(TensorDataset(X), torch.tensor([0, 1, -6, 5])),
+        Subset(Subset(TensorDataset(X), [3, 3, 4]), [0, 1]),
+        DataLoader(Subset(TensorDataset(X), [0, 1, 1, 5]), batch_size=2),
+        DataLoader(Subset(TensorDataset(X), [3, 3, 4]), sampler=range(2)),
+        DataLoader(TensorDataset(X), sampler=[0, 2, 2]),
+        DataLoader(TensorDataset(X), sampler=SubsetRandomSampler([0, 2, -5])),
+        DataLoader(TensorDataset(X), batch_sampler=[[0, 1], [1, 2]]),
+        DataLoader(X, sampler=np.array([4, 4])),
+    ],
+)
+def test_indices_that_repeat_examples_do_not_calibrate(data):
+    with pytest.raises(ValueError, match=r"indices repeat examples: .*takes each example once"):
+        check_independent(data)
+    with pytest.raises(ValueError, match="indices repeat examples"):
+        confprune.calibrate(nn.Linear(2, 2), data, loss="disagreement", alpha=0.5, delta=0.5)
+
+
+class OwnSampler(Sampler):
+    def __iter__(self):
+        return iter([0, 0])
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Subset(TensorDataset(X), [4, 0, 1]),
+        Subset(Subset(TensorDataset(X), [3, 3, 4]), [0, 2]),
+        Subset({"a": X[0], "b": X[1]}, ["a", "a"]),
+        DataLoader(TensorDataset(X), sampler=[0, 2, 6]),
+        DataLoader(Subset(TensorDataset(X), range(1, 7)), batch_sampler=[[0, 1], [2]]),
+        DataLoader(TensorDataset(X), sampler=OwnSampler()),
+        DataLoader(Stream()),
+    ],
+)
+def test_indices_that_take_each_example_once_or_cannot_be_read_are_taken(data):
+    check_independent(data)
 
 
 def test_batches_are_described_in_words():

@@ -299,6 +299,20 @@ class TestSelection:
         assert not certificate.certified
         assert certificate.acceptance == (0.0,) * len(GRID)
 
+    @pytest.mark.parametrize(
+        ("rule", "message"),
+        [
+            (lambda y, r: y, r"accept returned shape \[4, \d+\] for 4 examples; it must return"),
+            (lambda y, r: None, "accept returned a NoneType for 4 examples"),
+            (lambda y, r: (y[:, 0] > 0).numpy(), "accept returned a ndarray for 4 examples"),
+            (lambda y, r: y[:, 0] * 0 + 0.25, "accept returned 0.25 .* with a threshold"),
+            (lambda y, r: y[:, 0] * torch.nan, "accept returned nan for 4 examples"),
+        ],
+    )
+    def test_rules_that_say_neither_yes_nor_no_are_refused(self, model, data, rule, message):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, data, accept=rule)
+
     def test_wrong_rules_are_refused(self, model, data):
         with pytest.raises(TypeError, match="confident"):
             calibrate(model, data, accept=0.9)

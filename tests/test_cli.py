@@ -320,6 +320,14 @@ def calibrated(*arguments):
     return confprune.Certificate.load("out/certificate.json")
 
 
+def test_nothing_of_an_older_certificate_stays(folder, capsys):
+    calibrated(*ONE_RISK, "--delta=0.1", DATA, "--compress")
+    assert (folder / "out" / "compressed.safetensors").exists()
+    calibrated("--alpha=0.3", "--loss=disagreement", "--delta=0.1", DATA)
+    assert not (folder / "out" / "compressed.safetensors").exists()
+    assert (folder / "out" / "pruned.safetensors").exists()
+
+
 def test_looks_are_early_unless_switched_off(folder, capsys):
     arguments = [*ONE_RISK, "--delta=0.1", DATA]
     assert calibrated(*arguments).looks.saved > 0

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    random_split,
+)
 from transformers.pytorch_utils import Conv1D
 
 import confprune
@@ -331,6 +338,9 @@ def test_disjoint_parts_of_one_set_are_not_confused():
     left, right = random_split(data, [150, 50])
     assert not overlap(left, right)
     assert not overlap(Subset(left, range(10)), Subset(left, range(10, 20)))
+    halves = [DataLoader(left, sampler=SubsetRandomSampler(part)) for part in ([0, 2], [1, 3])]
+    assert not overlap(*halves)
+    assert overlap(halves[0], Subset(left, [2]))
     assert not overlap(x[:100], x[100:])
     assert not overlap(x[::2], x[1::2])
     assert not overlap(data, TensorDataset(torch.randn(200, 6)))

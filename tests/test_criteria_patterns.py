@@ -249,6 +249,21 @@ def test_what_is_no_pattern_is_refused(text):
         resolve_pattern(text)
 
 
+@pytest.mark.parametrize("value", [4, (2, 4), b"N:4", True])
+def test_a_pattern_is_a_text(value):
+    with pytest.raises(TypeError, match="pattern must be a text, such as 'N:4' or '4x4', got"):
+        prune_levels(nn.Linear(4, 4), [0.5], pattern=value)
+
+
+def test_blocks_larger_than_a_weight_are_the_whole_weight():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 5, 1))
+    large = prune_levels(model, [0.0, 0.3, 0.6], pattern=f"{10**30}x{10**12}")
+    whole = prune_levels(model, [0.0, 0.3, 0.6], pattern="5x3")
+    assert large.sparsities == whole.sparsities
+    for name, found in large.levels.items():
+        assert torch.equal(found, whole.levels[name])
+
+
 def test_a_fixed_pattern_is_told_apart():
     with pytest.raises(ValueError, match=r"for 2:4 alone, 'N:4' with sparsities=\[2/4\] of zeros"):
         prune_levels(nn.Linear(4, 4), [0.5], pattern="2:4")

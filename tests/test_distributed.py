@@ -387,6 +387,17 @@ def not_a_member(rank: int) -> None:
         Ranks(group)
 
 
+@pytest.mark.parametrize("group", [3, "gloo", True])
+def test_a_group_is_a_process_group(group):
+    with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, .* got"):
+        Ranks(group)
+
+
+def test_a_group_that_has_been_left_is_told():
+    with pytest.raises(ValueError, match=r"there is none: call init_process_group\(\) before"):
+        Ranks(dist.ProcessGroup(0, 1))
+
+
 def test_only_members_of_a_group_may_call(pair):
     assert pair.run(not_a_member)[1].startswith("ValueError: this process is no member of group")
 

@@ -396,6 +396,19 @@ def test_a_hidden_use_of_a_weight_is_noticed(way, reason):
     check(Hiding(way), [torch.randn(4, 10)], fallback=reason)
 
 
+@pytest.mark.parametrize("part", ["all", "inside", "forward"])
+def test_what_is_compiled_of_a_model_keeps_its_grid(part):
+    body = perceptron()
+    forward = None
+    if part == "all":
+        model = torch.compile(body, backend="eager")
+    elif part == "inside":
+        model = nn.Sequential(torch.compile(body, backend="eager"))
+    else:
+        model, forward = body, torch.compile(lambda model, x: model(x), backend="eager")
+    check(model, [torch.randn(n, 10) for n in (9, 300, 1, 7)], forward=forward)
+
+
 @pytest.mark.parametrize("operator", ["aten.linear", "checkpoint", "compiled"])
 def test_uncommon_ways_to_a_weight_are_seen(operator):
     class Other(nn.Module):
@@ -411,7 +424,54 @@ def test_uncommon_ways_to_a_weight_are_seen(operator):
     model = Other()
     if operator == "compiled":
         model = torch.compile(model, backend="eager")
-    check(model, [torch.randn(4, 10)], fallback=ANY if operator == "compiled" else None)
+    check(model, [torch.randn(4, 10)])
+
+
+class OwnBias(nn.Module):
+    """A layer whose bias is computed from a prunable weight."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.other = nn.Linear(4, 10)
+        self.layer = nn.Conv1d(1, 10, 3) if way == "convolution" else nn.Linear(10, 10)
+        self.norm = nn.BatchNorm1d(10)
+        self.last = nn.Linear(10, 4)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, weight = self.other.weight.sum(1), self.layer.weight
+        if self.way == "convolution":
+            y = F.conv1d(x[:, None], weight, bias).amax(-1)
+        elif self.way == "addmm":
+            y = torch.addmm(bias, x, weight.t())
+        else:
+            y = F.linear(F.linear(x, weight) if self.way == "second" else x, weight, bias)
+        return self.last(F.relu(self.norm(y)))
+
+
+@pytest.mark.parametrize("way", ["first", "second", "addmm", "convolution"])
+def test_a_bias_may_depend_on_the_level(way):
+    check(OwnBias(way), [torch.randn(9, 10)])
+
+
+def test_biases_may_be_pruned_too():
+    model = small_cnn()
+    check(model, [torch.randn(9, 1, 8, 8)], parameters=[n for n, _ in model.named_parameters()])
+
+
+def test_a_norm_made_of_pruned_weights_is_evaluated_level_by_level():
+    class OwnNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(10, 10), nn.Linear(10, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.second.weight.sum(0)
+            y = F.batch_norm(self.first(x), torch.zeros(10), torch.ones(10), scale)
+            return self.second(F.relu(y))
+
+    check(OwnNorm(), [torch.randn(9, 10)], fallback="changed from one call to the next")
 
 
 def test_networks_that_want_contiguous_activations_get_them():

@@ -181,6 +181,18 @@ def test_what_does_not_fit_is_refused(change, message):
         grid_mlp(*(arguments | change).values())
 
 
+@pytest.mark.parametrize("inputs", [1, 11, 13, 4000])
+def test_rows_of_one_block_are_for_inputs_of_their_size_alone(inputs):
+    layers = Layers([12, 9, 4])
+    with pytest.raises(ValueError, match=rf"rows were not made .* shape \[9, {inputs}\]"):
+        layers.together(torch.zeros(1, 3, inputs), torch.tensor([1]))
+    rows = layers.rows[0]
+    arguments = (None, torch.tensor([1]), rows, 9, layers.blocks[0], True)
+    for x in (torch.zeros(1, 3, inputs), torch.zeros(1, 3, inputs).expand(1, 3, inputs)):
+        with pytest.raises(ValueError, match="rows were not made"):
+            grid_linear(x, *arguments)
+
+
 def test_the_first_layer_has_rows_of_one_block():
     layers = Layers([12, 9, 4])
     layers.rows[0] = list(prefix_rows(layers.weights[0], layers.levels[0], 9, 5))

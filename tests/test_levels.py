@@ -119,12 +119,17 @@ def test_the_sparsity_of_each_layer_is_told():
 
 
 def test_the_object_tells_what_it_is():
+    several = prune_levels(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), [0.5])
+    assert repr(several) == (
+        "PruneLevels(sparsity 0.5, 18 weights in 2 parameters, scope='global', "
+        "criterion='magnitude')"
+    )
     levels = prune_levels(nn.Linear(40, 30), GRID)
     assert len(levels) == 6
     assert levels.sparsities == tuple(GRID)
     assert levels.total == 1200
     assert repr(levels) == (
-        "PruneLevels(6 sparsities from 0 to 0.99, 1,200 weights in 1 parameters, "
+        "PruneLevels(6 sparsities from 0 to 0.99, 1,200 weights in 1 parameter, "
         "scope='global', criterion='magnitude')"
     )
 

@@ -542,7 +542,8 @@ def test_prefix_rows_hold_every_masked_matrix(num_levels, block):
     values, columns, starts, counts = prefix_rows(weight, levels, num_levels, block)
     blocks = -(-30 // block)
     assert counts.shape == (num_levels, 13 * blocks)
-    assert len(values) == len(columns) == starts[-1] == (levels > 0).sum()
+    assert len(values) == len(columns) == starts[-2] == (levels > 0).sum()
+    assert starts[-1] == 30
     for j in {0, num_levels // 2, num_levels - 1}:
         dense = torch.zeros(13, 30)
         for cell in range(13 * blocks):
@@ -744,6 +745,7 @@ ROWS = linear_arguments()["rows"]
         ({"level": torch.tensor([-1, 2, 3, 6])}, ValueError, "level -1 is not on the grid"),
         ({"rows": ROWS[:3]}, ValueError, "the four tensors of prefix_rows"),
         ({"rows": [ROWS[0].double(), *ROWS[1:]]}, ValueError, "rows were not made"),
+        ({"x": torch.zeros(4, 5, 29)}, ValueError, r"rows were not made .* \[21, 29\]"),
         ({"rows": [ROWS[0], ROWS[1].int(), *ROWS[2:]]}, ValueError, "rows were not made"),
         ({"rows": [ROWS[0][:-1], *ROWS[1:]]}, ValueError, "rows were not made"),
         ({"rows": [*ROWS[:3], ROWS[3].t().contiguous().t()]}, ValueError, "rows were not made"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 
 import numpy as np
 import pytest
+import torch
 from certificates import certify, controlled, of_parts, part, pruning_of, small_network
 from torch import nn
 
+import confprune
 from confprune.certificate import Certificate, Looks
 from confprune.risk.pvalues import PVALUES
 
@@ -84,6 +87,33 @@ def test_one_weight_is_singular():
     text = unwrapped(certify([0], pruning=pruning_of(nn.Linear(1, 1))))
     assert "Pruned are the 1 weight of 1 parameter (scope" in text
     assert "testing of 1 level." in text
+
+
+def test_the_report_tells_the_share_of_the_whole_network_with_shared_weights_once():
+    model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.LayerNorm(20))
+    model[2].weight = model[0].weight
+    settings = {"loss": "cosine", "alpha": 0.9, "delta": 0.1, "sparsities": [0.5]}
+    certificate = confprune.calibrate(model, torch.randn(80, 20), progress=False, **settings)
+    assert certificate.pruning.total == 400
+    assert certificate.pruning.network == 400 + 2 * 20 + 2 * 20
+    text = unwrapped(certificate)
+    assert "50.0 % of them are 41.7 % of the network's 480." in text
+    with pytest.raises(ValueError, match="network is 399, fewer than the 400 in total"):
+        dataclasses.replace(certificate.pruning, network=399)
+
+
+def test_a_certificate_of_before_says_nothing_of_the_whole_network(tmp_path):
+    model = nn.Linear(20, 20)
+    settings = {"loss": "cosine", "alpha": 0.9, "delta": 0.1, "sparsities": [0.5]}
+    certificate = confprune.calibrate(model, torch.randn(80, 20), progress=False, **settings)
+    certificate.save(tmp_path / "new.json")
+    assert confprune.Certificate.load(tmp_path / "new.json") == certificate
+    content = json.loads((tmp_path / "new.json").read_text())
+    del content["pruning"]["network"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = confprune.Certificate.load(tmp_path / "old.json")
+    assert old.pruning.network is None
+    assert "of them are" not in str(old)
 
 
 def test_the_report_tells_close_sparsities_apart():

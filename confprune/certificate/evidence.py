@@ -62,6 +62,9 @@ class Pruning:
         `confprune.certificate.fingerprint.fingerprint` of these parameters before pruning.
     total : int
         Number of prunable weights.
+    network : int or None
+        Number of all values in the parameters of the network, shared ones once; None in
+        certificates of before.
     pattern : str or None
         What is pruned together; None for single weights.
     inputs_first : dict of str to int
@@ -84,6 +87,7 @@ class Pruning:
     statistics: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     score_data: ScoreData | None = None
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    network: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))
@@ -92,6 +96,8 @@ class Pruning:
         total = sum(math.prod(entry["shape"]) for entry in self.fingerprint.values())
         if self.total != total:
             raise ValueError(f"pruning: total is {self.total}, but the shapes add up to {total}")
+        if self.network is not None and self.network < total:
+            raise ValueError(f"pruning: network is {self.network}, fewer than the {total} in total")
 
 
 @dataclass(frozen=True)

@@ -154,12 +154,14 @@ def _pruning(value: Any) -> Any:
         "parameters": _list_of(_text),
         "fingerprint": _map_of(_fingerprint_entry),
         "total": _integer,
+        "network": _or_null(_integer),
         "pattern": _or_null(_text),
         "inputs_first": _map_of(_integer),
         "statistics": _map_of(_map_of(_fingerprint_entry)),
         "score_data": _or_null(_score_data),
     }
     later: dict[str, Any] = {
+        "network": None,
         "pattern": None,
         "inputs_first": {},
         "statistics": {},

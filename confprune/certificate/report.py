@@ -23,7 +23,7 @@ from confprune.certificate.promise import (
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
-    from confprune.certificate.evidence import ScoreData
+    from confprune.certificate.evidence import Pruning, ScoreData
 
 WIDTH = 88
 LEVELS_AROUND = 3
@@ -105,11 +105,21 @@ def _foundation(certificate: Certificate) -> str:
             f"{pruning.criterion}"
         )
         text += ")." if pruning.pattern is None else f", pattern {pruning.pattern})."
+        text += _share_of_network(certificate, pruning)
         if pruning.score_data is not None:
             text += f" {_scored(pruning.score_data, used=bool(pruning.statistics))}"
     if asymptotic(certificate):
         text += " For small samples the true probability may be lower than stated."
     return text
+
+
+def _share_of_network(certificate: Certificate, pruning: Pruning) -> str:
+    """How much of the whole network the certified sparsity prunes, where both are known."""
+    if pruning.network is None or not certificate.sparsity:
+        return ""
+    share = 100 * certificate.sparsity * pruning.total / pruning.network
+    at = sparsity_text(certificate, certificate.sparsity)
+    return f" {at} of them are {share:.1f} % of the network's {pruning.network:,}."
 
 
 def _scored(data: ScoreData, *, used: bool) -> str:

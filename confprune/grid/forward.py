@@ -8,9 +8,10 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class GridForward:
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._footprint: Footprint | None = None
 
+    @torch.inference_mode(mode=False)  # where in-place work leaves no trace
     @torch.no_grad()
     def capacity(self, batch: Any, levels: int) -> int:
         """The most examples that cost little more than one, evaluated in one go at so many levels.
@@ -110,6 +112,7 @@ class GridForward:
             self._prepare(batch)
         return self._fitting(levels, min(self._budget, ACTIVATION_BYTES))
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def evaluate(
         self,
@@ -173,8 +176,9 @@ class GridForward:
     def _chunk_losses(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
         full = network(batch)
-        reference = reference_of(full, batch)
         size, first, values = batch_length(batch), 0, []
+        _check_outputs(full, size)
+        reference = reference_of(full, batch)
         while first < len(active):
             chunk = active[first : first + self._level_chunk(size)]
             values.append(self._grid_losses(network, batch, chunk, reference))
@@ -214,6 +218,7 @@ class GridForward:
                 of_levels = torch.vmap(loss, in_dims=(0, None))(outputs, reference)
             else:
                 of_levels = torch.stack([loss(y, reference) for y in outputs])
+            _check_values(loss, of_levels, (len(outputs), len(reference.outputs)))
             values.append(of_levels.T.to(torch.float32))
         return torch.stack(values)
 
@@ -253,21 +258,12 @@ class GridForward:
             full = self._network(part)
         self._fusions = probe.fusions(full)
         size = batch_length(part)
-        if full.ndim == 0 or full.shape[0] != size:
-            raise ValueError(
-                f"the model's output has shape {list(full.shape)} for a batch of {size} examples; "
-                "its first dimension must be the batch: pass forward= to arrange that"
-            )
+        _check_outputs(full, size)
         reference = reference_of(full, part)
         for loss in self.losses:
             check_shapes(loss, full, reference)
             values = loss(full, reference)
-            if not isinstance(values, Tensor) or values.shape != (size,):
-                shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"loss {loss.name!r} returned {shape} for {size} examples; it must return one "
-                    "value per example, a tensor [B]"
-                )
+            _check_values(loss, values, (size,))
         self._check_independence(part, full)
         self._find_unused(part, full, probe.met)
         if self.levels.total:
@@ -381,14 +377,47 @@ class _Network(nn.Module):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module's own training flag restored in the end."""
+    """The model in evaluation mode, each module's own training flag restored in the end.
+
+    What is compiled of it runs as it was written: the grid sees every function, and no batch of
+    another size is compiled for.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield
+        with _eagerly():
+            yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+def _eagerly() -> AbstractContextManager[object]:
+    """Without the compiler of torch, which takes its time to import where nobody uses it."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def _check_outputs(outputs: Tensor, size: int) -> None:
+    """Raise ValueError unless there is one row for each of so many examples."""
+    if outputs.ndim == 0 or outputs.shape[0] != size:
+        raise ValueError(
+            f"the model's output has shape {list(outputs.shape)} for a batch of {size} examples; "
+            "its first dimension must be the batch: pass forward= to arrange that"
+        )
+
+
+def _check_values(loss: Loss, values: object, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a loss gave one value per example, [B] or [levels, B]."""
+    if not isinstance(values, Tensor) or values.shape != shape:
+        # What it returns for one network, without the levels.
+        found = list(values.shape[len(shape) - 1 :]) if isinstance(values, Tensor) else None
+        raise ValueError(
+            f"loss {loss.name!r} returned {type(values).__name__ if found is None else found} for "
+            f"{shape[-1]} examples; it must return one value per example, a tensor [B]"
+        )
 
 
 def _default_budget(device: torch.device) -> int:

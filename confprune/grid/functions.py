@@ -40,8 +40,12 @@ def _matrix_product(
     mode: GridMode, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
 ) -> Any:
     layer = mode.layer(weight, x)
-    if layer is None or weight.ndim != 2 or (bias is not None and id(bias) in mode.layers):
+    if layer is None or weight.ndim != 2:
         return NotImplemented
+    bias = mode.masked(bias)
+    if bias is not None and depends_on_level(bias):
+        mode.unfuse()
+        return mode.linear(x, layer, None, transposed=transposed) + bias
     return mode.fused(mode.linear(x, layer, bias, transposed=transposed))
 
 
@@ -57,11 +61,14 @@ def _conv(dimensions: int) -> Callable[..., Any]:
         groups: int = 1,
     ) -> Any:
         layer = mode.layer(weight, input)
-        if layer is None or (bias is not None and id(bias) in mode.layers):
-            return NotImplemented
         margin = _padding(padding, weight, dilation)
-        if margin is None or input.ndim not in (dimensions + 1, dimensions + 2):
+        if layer is None or margin is None or input.ndim not in (dimensions + 1, dimensions + 2):
             return NotImplemented
+        bias = mode.masked(bias)
+        if bias is not None and depends_on_level(bias):
+            mode.unfuse()
+            y = conv(mode, input, weight, None, stride, padding, dilation, groups)
+            return y + bias.view(-1, *[1] * dimensions)
         rows, outputs, block = layer.rows(shared=not depends_on_level(input))
         batched = input.ndim == dimensions + 2
         shift, scale, relu = mode.follow(bias)
@@ -202,7 +209,7 @@ UNDER_VMAP: dict[Any, Callable[..., Any]] = {
 LAYOUT: set[Any] = {Tensor.stride, Tensor.is_contiguous}
 
 # What a weight is asked about itself, and masking does not change.
-METADATA: set[Any] = LAYOUT | {
+METADATA: set[Any] = {
     *(
         getattr(Tensor, name).__get__
         for name in (

@@ -96,10 +96,6 @@ class LinearStep(NamedTuple):
         )
         return y.reshape(len(level), *x.shape[1:-1], self.outputs)  # type: ignore[no-any-return]
 
-    def stand_in(self, level: Tensor, x: Tensor) -> Tensor:
-        """Something of the shape of the outputs; NaN, so that nothing takes it for these."""
-        return x.new_full((), torch.nan).expand(len(level), x.shape[1], self.outputs)
-
 
 def multiply_chain(
     layers: Sequence[LinearStep], batch_minor: bool, level: Tensor, x: Tensor

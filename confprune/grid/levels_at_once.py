@@ -7,8 +7,10 @@ called outside of vmap, and what it returns is given back to vmap.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -17,6 +19,35 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 def depends_on_level(x: Tensor) -> bool:
     """Whether vmap has one `x` for each level."""
     return bool(_functorch.is_batchedtensor(x))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been worked on in place, by itself or by a view of it."""
+    tensor = _functorch.get_unwrapped(tensor) if depends_on_level(tensor) else tensor
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, level: Tensor) -> Tensor:
+    """What the model holds in place of a tensor that is never made: a shape, and NaN within.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.grid.levels_at_once import stand_in
+    >>> stand_in([2, 3], torch.float32, level=torch.tensor(0))
+    tensor([[nan, nan, nan],
+            [nan, nan, nan]])
+    """
+    nothing = _nothing(tuple(shape), dtype, level.device)
+    if not depends_on_level(level):
+        return nothing[0]
+    return _functorch._add_batch_dim(nothing, 0, _functorch.maybe_get_level(level))
+
+
+@functools.lru_cache
+def _nothing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN, [1, ...]; what stands for tensors is many, and torch takes its time with each."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(1, *shape)
 
 
 def levels_at_once(operation: Callable[..., Tensor], level: Tensor, *inputs: Tensor) -> Tensor:

@@ -12,20 +12,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from confprune.grid.functions import FUSED, METADATA, UNDER_VMAP
-from confprune.grid.fusion import ADDITIONS, LAYER_CALLS, Fusion, Residual
+from confprune.grid.ahead import Ahead
+from confprune.grid.functions import FUSED, LAYOUT, METADATA, UNDER_VMAP
+from confprune.grid.fusion import LAYER_CALLS, Fusion, Residual
 from confprune.grid.layers import Layer, LinearStep, multiply_chain
-from confprune.grid.levels_at_once import depends_on_level, levels_at_once
-
-_CHANGED = "the model's functions changed from one call to the next"
+from confprune.grid.levels_at_once import depends_on_level, levels_at_once, stand_in, version
 
 
 class GridMode(TorchFunctionMode):
@@ -69,8 +67,7 @@ class GridMode(TorchFunctionMode):
         self._layer = -1  # its number
         self._wanted = {fusion.residual for fusion in fusions}
         self._residuals: dict[Residual, Tensor] = {}
-        self._done: dict[int, _Done] = {}  # outputs ahead of the model
-        self._used: dict[int, Tensor] = {}  # that stood for outputs of a chain
+        self._ahead = Ahead(level)
         self._chain: list[LinearStep] = []  # that wait for the last of them
         self._head = level  # the input of the first
         self._version = 0  # of that
@@ -82,15 +79,18 @@ class GridMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in METADATA:
             return func(*args, **kwargs)
-        ahead = self._ahead(func, args, kwargs)
+        tensors = _tensors(args, kwargs)
+        ahead = self._ahead.next(tensors, func, args, kwargs)
         if ahead is not None:
             return ahead
-        prunable = [tensor for tensor in _tensors(args, kwargs) if id(tensor) in self.layers]
+        if func in LAYOUT:
+            return func(*args, **kwargs)
+        prunable = [tensor for tensor in tensors if id(tensor) in self.layers]
         self.met.update(self.layers[id(weight)].name for weight in prunable)
         if prunable and torch.is_autocast_enabled(self.level.device.type):
             raise NotImplementedError("torch.autocast chooses other types under vmap than without")
-        if prunable and func in LAYER_CALLS:
-            self._begin(args)
+        if prunable:
+            self._begin(func, args)
         replacement = FUSED.get(func) if prunable else UNDER_VMAP.get(func)
         if replacement is not None:
             result = replacement(self, *args, **kwargs)
@@ -101,12 +101,14 @@ class GridMode(TorchFunctionMode):
         args, kwargs = tree_map(self.masked, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _begin(self, args: Any) -> None:
+    def _begin(self, func: Any, args: Any) -> None:
         """Find the fusion of a call of a layer, and the residual that it adds."""
+        self.unfuse()
+        if func not in LAYER_CALLS:
+            return
         self._layer, self._fusion = next(self._fusions, (-1, Fusion()))
         if args:
             self._keep(Residual(self._layer, None), args[0])
-        self.residual = None
         if self._fusion.residual is not None:
             self.residual = self._residuals.pop(self._fusion.residual, None)
             if self.residual is None:
@@ -117,13 +119,13 @@ class GridMode(TorchFunctionMode):
             self._residuals[residual] = tensor
 
     def fused(self, y: Tensor) -> Tensor:
-        """Note that `y` is already what the functions of the call's fusion make of it."""
-        fusion = self._fusion
-        self._keep(Residual(self._layer, len(fusion.functions)), y)
-        if fusion.functions or fusion.chained:
-            self._done[id(y)] = _Done(y, fusion, 0, self.residual)
+        """What the model is given for `y`, which is already what the call's fusion makes of it."""
+        self._keep(Residual(self._layer, len(self._fusion.steps)), y)
+        return self._ahead.give(y, self._fusion, self.residual)
+
+    def unfuse(self) -> None:
+        """Let the call under way do nothing besides its product."""
         self._layer, self._fusion, self.residual = -1, Fusion(), None
-        return y
 
     def follow(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
         """The shift, the scale and whether there is a ReLU, for the call under way."""
@@ -136,51 +138,34 @@ class GridMode(TorchFunctionMode):
     def linear(self, x: Tensor, layer: Layer, bias: Tensor | None, *, transposed: bool) -> Tensor:
         """The output of a linear layer, the call under way.
 
-        Of a chain of layers only the last gives outputs; what stands for those before has their
-        shape and nothing else.
+        Of a chain of layers only the last gives outputs.
         """
         first = not self._chain
-        self._done.pop(id(x), None)
+        self._ahead.take(x)
         if not first:
-            self.finish(x)  # unless `x` stood for the outputs of the last of them
-            self._used[id(x)] = x
+            self._ahead.finish(x)  # unless `x` stood for the outputs of the last of them
+            self._ahead.use(x)
         shared = first and not depends_on_level(x)
         step = LinearStep(*layer.rows(shared=shared, transposed=transposed), *self.follow(bias))
         if self._fusion.chained and (shared or not first):
             if first:
-                self._head, self._version = x, _version(x)
+                self._head, self._version = x, version(x)
             self._chain.append(step)
-            return levels_at_once(step.stand_in, self.level, x)
+            return stand_in([len(x), step.outputs], x.dtype, self.level)
         # Sequences go on to normalisations over their features, which want these to be contiguous.
         batch_minor = self.batch_minor and x.ndim == 2
         if first:
             multiply = functools.partial(step.multiply, batch_minor)
             return levels_at_once(multiply, self.level, x)
-        if _version(self._head) != self._version:
+        if version(self._head) != self._version:
             raise RuntimeError("the model works in place on an input it has used")
         chain, self._chain = [*self._chain, step], []
         multiply = functools.partial(multiply_chain, chain, batch_minor)
         return levels_at_once(multiply, self.level, self._head)
 
     def finish(self, outputs: Tensor) -> None:
-        """Raise RuntimeError where an output was not used as the fusions took for granted."""
-        if self._done or id(outputs) in self._used:
-            raise RuntimeError(_CHANGED)
-
-    def _ahead(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """The output that this call is about, if it has been made together with its layer."""
-        if not self._done and not self._used:
-            return None
-        for tensor in _tensors(args, kwargs):
-            done = self._done.get(id(tensor))
-            if id(tensor) in self._used or (done and not done.is_next(func, args, kwargs)):
-                raise RuntimeError(_CHANGED)
-            if done and done.step < len(done.fusion.functions):
-                self._done[id(tensor)] = done = done._replace(step=done.step + 1)
-                if done.step == len(done.fusion.functions) and not done.fusion.chained:
-                    del self._done[id(tensor)]
-                return tensor
-        return None
+        """Raise ChangedError where the model did not do what the fusions took for granted."""
+        self._ahead.finish(outputs)
 
     def _is_prunable(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self.layers
@@ -196,31 +181,6 @@ class GridMode(TorchFunctionMode):
         """The layer of a prunable weight that the grid operators can multiply with `x`."""
         layer = self.layers.get(id(weight))
         return layer if layer is not None and layer.takes(x) else None
-
-
-class _Done(NamedTuple):
-    """An output that is ahead of the model by some functions, one of which may add a residual.
-
-    A linear layer takes it after that, if the fusion is chained.
-    """
-
-    output: Tensor
-    fusion: Fusion
-    step: int  # number of the next of the functions
-    residual: Tensor | None
-
-    def is_next(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether this call is that of the next function, or of the linear layer after them."""
-        if func is not [*self.fusion.functions, F.linear][self.step]:
-            return False
-        if func in ADDITIONS:
-            return any(a is self.output and b is self.residual for a, b in (args, args[::-1]))
-        return args[0] is self.output and self.fusion.repeats(func, args, kwargs)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor has been worked on in place, where torch keeps count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -10,8 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from confprune.grid.functions import LAYOUT, METADATA
-from confprune.grid.fusion import LAYER_CALLS, Fusion, Watcher
+from confprune.grid.fusion import LAYER_CALLS, Fusion
 from confprune.grid.layers import Layer
+from confprune.grid.watcher import Watcher
 
 _LANES = 128  # vectors that the products take together
 _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
@@ -49,7 +50,7 @@ class Probe(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in LAYOUT:
             self._watcher.end(args[0])  # the model may go on in another way
-        if func in METADATA:
+        if func in METADATA or func in LAYOUT:
             return result
         self._watcher.see(func, args, kwargs or {}, result)
         weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
