@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (at >= size)
     return;
   Real sum = 0;
-#pragma unroll 4
+#pragma unroll 16  // loads under way: with one vector there are few threads
   for (int64_t part = 0; part < parts; ++part)
     sum += sums[part * size + at];
   if (product.bias != nullptr)
