@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/numbers.h"
 #include "cuda/sparse_cell.h"
@@ -116,18 +117,39 @@ __device__ void multiply_slice(const Slice& slice, const Stored* values, const u
 }
 
 // The inputs of a block of columns, of vectors from `first` on; zeros for those that are not there.
+template <class T, class Real, int kVectors>
+__device__ void load_inputs_of(const SparseLinear& product, int64_t block, int64_t first,
+                               Real* inputs) {
+  constexpr int kColumns = int(kSparseBlock), kTogether = kThreads / kColumns;
+  constexpr int kRounds = (kVectors + kTogether - 1) / kTogether;
+  const int column = int(threadIdx.x) % kColumns, vector = int(threadIdx.x) / kColumns;
+  const int64_t at = block * kSparseBlock + column;
+  const int left =
+      at < product.weight.row_size ? int(product.vectors - first) - vector : 0;  // of this column
+  const T* next = static_cast<const T*>(product.x) + (first + vector) * product.x_strides[0] +
+                  at * product.x_strides[1];
+  Real loaded[kRounds];  // all under way before the first store
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round, next += kTogether * product.x_strides[0])
+    loaded[round] = round * kTogether < left ? Real(widen(*next)) : Real(0);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round)
+    if (round * kTogether + vector < kVectors)
+      inputs[column * kVectors + round * kTogether + vector] = loaded[round];
+}
+
 template <class Real, int kVectors>
 __device__ void load_inputs(const SparseLinear& product, int64_t block, int64_t first,
                             Real* inputs) {
-  constexpr int kColumns = int(kSparseBlock);
-  for (int i = int(threadIdx.x); i < kColumns * kVectors; i += kThreads) {
-    const int column = i % kColumns, vector = i / kColumns;
-    const int64_t c = block * kSparseBlock + column, v = first + vector;
-    inputs[column * kVectors + vector] =
-        c < product.weight.row_size && v < product.vectors
-            ? number_at<Real>(product.x, product.element,
-                              v * product.x_strides[0] + c * product.x_strides[1])
-            : Real(0);
+  if constexpr (std::is_same_v<Real, double>) {
+    load_inputs_of<double, Real, kVectors>(product, block, first, inputs);
+  } else {
+    if (product.element == Element::float16)
+      load_inputs_of<Half, Real, kVectors>(product, block, first, inputs);
+    else if (product.element == Element::bfloat16)
+      load_inputs_of<BFloat16, Real, kVectors>(product, block, first, inputs);
+    else
+      load_inputs_of<float, Real, kVectors>(product, block, first, inputs);
   }
 }
 

@@ -37,8 +37,7 @@ class Cell {
     const int bytes = int(sparse.cells[2 * index + 3] - begin);
     slices_ = sparse.slices + begin;
     if (bytes <= CellMemory::kHeld) {
-      for (int i = int(threadIdx.x); i < bytes; i += kThreads)
-        memory->held[i] = slices_[i];
+      hold(bytes);
       slices_ = memory->held;
     }
     __syncthreads();
@@ -58,6 +57,23 @@ class Cell {
   }
 
  private:
+  // Copies the slices, with all loads under way before the first store.
+  __device__ void hold(int bytes) {
+    constexpr int kRounds = (CellMemory::kHeld + kThreads - 1) / kThreads;
+    uint8_t loaded[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round * kThreads + int(threadIdx.x);
+      loaded[round] = at < bytes ? slices_[at] : uint8_t(0);
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int at = round * kThreads + int(threadIdx.x);
+      if (at < bytes)
+        memory_->held[at] = loaded[round];
+    }
+  }
+
   // The lanes of a warp walk over 32 slices together, and each counts the survivors of one.
   __device__ void find_slices(int bytes) {
     const int lane = int(threadIdx.x);
