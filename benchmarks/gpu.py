@@ -1,4 +1,4 @@
-"""The GPU: selection, grid products, calibration and pruning, against torch's own and the ceilings.
+"""The GPU: selection, products, calibration and pruning, against torch's own and the ceilings.
 
 Every group of rows stands alone: what fails, crashes or hangs leaves a row that says why.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu_networks
+from benchmarks import gpu_networks, gpu_sparse
 from benchmarks.comparisons import at_least, at_most, bars, compare, table
 from benchmarks.gpu_timing import device_seconds, extra_bytes, wall_seconds
 from benchmarks.isolated import Group, isolated
@@ -105,6 +105,12 @@ def _groups(sizes: Sizes) -> dict[str, Group]:
         },
         "pruning": part(_pruning, sizes),
         **{s.name: part(_network, s, sizes) for s in gpu_networks.SUBJECTS},
+        **{
+            f"sparse layer of {sparsity:.0%} zeros": part(
+                gpu_sparse.rows, sparsity, sizes.width, sizes.rounds
+            )
+            for sparsity in gpu_sparse.SPARSITIES
+        },
         **{f"sorting of {name}": part(_sorting, name, sizes) for name in DTYPES},
         **{f"sweep of {name}": part(_sweep, name, sizes) for name in DTYPES},
         "convolutions": part(_convolutions, sizes),

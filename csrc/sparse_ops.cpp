@@ -11,6 +11,7 @@
 #include "element_of.h"
 #include "kernels/sparse_matrix.h"
 #include "kernels/sparse_product.h"
+#include "sparse_arguments.h"
 
 namespace confprune {
 namespace {
@@ -25,38 +26,6 @@ DenseMatrix dense_of(const Tensor& weight, int64_t groups) {
           {weight.stride(0), weight.stride(1)},
           weight.size(0),
           weight.size(1),
-          groups};
-}
-
-void check_shape(int64_t rows, int64_t row_size, int64_t groups) {
-  TORCH_CHECK_VALUE(rows >= 1 && row_size >= 1, "a matrix of ", rows, " rows of ", row_size,
-                    " weights has no sparse form");
-  TORCH_CHECK_VALUE(groups >= 1 && rows % groups == 0, groups, " groups do not divide ", rows,
-                    " rows");
-}
-
-SparseMatrix matrix_of(const Tensor& values, const Tensor& columns, const Tensor& slices,
-                       const Tensor& cells, int64_t rows, int64_t row_size, int64_t groups) {
-  check_shape(rows, row_size, groups);
-  const Chunks chunks(rows, row_size, groups);
-  TORCH_CHECK_TYPE(columns.scalar_type() == at::kByte && slices.scalar_type() == at::kByte &&
-                       cells.scalar_type() == at::kLong,
-                   "columns and slices must be uint8 and cells int64, got ", columns.scalar_type(),
-                   ", ", slices.scalar_type(), " and ", cells.scalar_type());
-  TORCH_CHECK_VALUE(values.dim() == 1 && columns.sizes() == values.sizes() && slices.dim() == 1 &&
-                        cells.dim() == 2 && cells.size(0) == chunks.cells() + 3 &&
-                        cells.size(1) == 2 && values.is_contiguous() && columns.is_contiguous() &&
-                        slices.is_contiguous() && cells.is_contiguous() &&
-                        has_shape(cells.const_data_ptr<int64_t>(), rows, row_size, groups),
-                    "values, columns, slices and cells are not those of a matrix of shape [", rows,
-                    ", ", row_size, "] in ", groups, " groups");
-  return {values.const_data_ptr(),
-          element_of(values.scalar_type(), "values"),
-          columns.const_data_ptr<uint8_t>(),
-          slices.const_data_ptr<uint8_t>(),
-          cells.const_data_ptr<int64_t>(),
-          rows,
-          row_size,
           groups};
 }
 
@@ -108,13 +77,6 @@ Tensor sparse_unpack(const Tensor& values, const Tensor& columns, const Tensor& 
   return weight;
 }
 
-// The sparse products have no derivative: an answer without one would train in silence.
-void refuse_training(const Tensor& x) {
-  TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()),
-              "sparse layers are for inference and x requires a gradient: call them under "
-              "torch.no_grad() or torch.inference_mode(), or train the dense model");
-}
-
 void run(const SparseProduct& product) {
   const Window& w = product.window;
   const int64_t positions = w.output[0] * w.output[1] * w.output[2];
@@ -134,21 +96,6 @@ void run(const SparseProduct& product) {
       for (int64_t task = next++; task < tasks; task = next++)
         plan.run(task, aligned);
   });
-}
-
-void check_product(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
-                   int64_t outputs) {
-  element_of(x.scalar_type(), "x");
-  TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == (values.scalar_type() == at::kDouble),
-                   "x is ", x.scalar_type(), " and the weights are ", values.scalar_type());
-  if (bias.has_value())
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs, "bias has shape ",
-                      bias->sizes(), " for ", outputs, " outputs");
-  refuse_training(x);
-}
-
-std::optional<Tensor> like(const std::optional<Tensor>& bias, const Tensor& x) {
-  return bias.has_value() ? std::optional<Tensor>(bias->to(x.scalar_type())) : std::nullopt;
 }
 
 // Calls the product with y [batch, outputs, positions...], x likewise, at most three positions
@@ -178,17 +125,14 @@ void run_product(const SparseMatrix& weight, const Tensor& x, const std::optiona
 Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& columns,
                      const Tensor& slices, const Tensor& cells, const std::optional<Tensor>& bias,
                      int64_t outputs, int64_t dense_from) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "x needs at least one dimension");
-  const int64_t inputs = x.size(-1);
+  const int64_t inputs = inputs_of(x);
   const SparseMatrix weight = matrix_of(values, columns, slices, cells, outputs, inputs, 1);
   check_product(x, values, bias, outputs);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
   const int64_t batch = x.numel() / inputs;
-  if (batch >= dense_from) {
-    const Tensor dense = sparse_unpack(values, columns, slices, cells, outputs, inputs, 1);
-    return at::linear(x, dense.to(x.scalar_type()), like(bias, x));
-  }
+  if (batch >= dense_from)
+    return dense_linear(sparse_unpack(values, columns, slices, cells, outputs, inputs, 1), x, bias);
   const Window window{inputs, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
   // Not through the dispatcher, which takes as long as some small layers.
   const Tensor y = at::detail::empty_cpu({batch, outputs}, x.scalar_type());
@@ -196,47 +140,17 @@ Tensor sparse_linear(const Tensor& x, const Tensor& values, const Tensor& column
   return x.dim() == 2 ? y : y.view(shape);
 }
 
-Window window_of(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation) {
-  Window window{x.size(1), {}, {}, {}, {}, {}, {}};
-  for (int d = 0; d < kWindowDims; ++d) {
-    const int64_t s = d - (kWindowDims - x.dim() + 2);  // the last dimensions are the ones in use
-    window.input[d] = s < 0 ? 1 : x.size(2 + s);
-    window.kernel[d] = s < 0 ? 1 : kernel[s];
-    window.stride[d] = s < 0 ? 1 : stride[s];
-    window.padding[d] = s < 0 ? 0 : padding[s];
-    window.dilation[d] = s < 0 ? 1 : dilation[s];
-    TORCH_CHECK_VALUE(window.kernel[d] >= 1 && window.stride[d] >= 1 && window.dilation[d] >= 1 &&
-                          window.padding[d] >= 0,
-                      "kernel, stride and dilation must be positive and padding not negative");
-    const int64_t room =
-        window.input[d] + 2 * window.padding[d] - window.dilation[d] * (window.kernel[d] - 1) - 1;
-    TORCH_CHECK_VALUE(room >= 0, "the kernel is larger than the padded input in dimension ", s);
-    window.output[d] = room / window.stride[d] + 1;
-  }
-  return window;
-}
-
 Tensor sparse_conv(const Tensor& x, const Tensor& values, const Tensor& columns,
                    const Tensor& slices, const Tensor& cells, const std::optional<Tensor>& bias,
                    int64_t outputs, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                    int64_t dense_from) {
+  check_convolution(x, kernel, stride, padding, dilation, groups);
   const int64_t dims = int64_t(kernel.size());
-  TORCH_CHECK_VALUE(
-      dims >= 1 && dims <= kWindowDims && (x.dim() == dims + 2 || x.dim() == dims + 1),
-      "sparse_conv takes x [batch, channels, positions...], or without the batch, "
-      "and as many kernel sizes as positions, got ",
-      x.sizes(), " and ", kernel);
   if (x.dim() == dims + 1)
     return sparse_conv(x.unsqueeze(0), values, columns, slices, cells, bias, outputs, kernel,
                        stride, padding, dilation, groups, dense_from)
         .squeeze(0);
-  TORCH_CHECK_VALUE(int64_t(stride.size()) == dims && int64_t(padding.size()) == dims &&
-                        int64_t(dilation.size()) == dims,
-                    "stride, padding and dilation need ", dims, " values each");
-  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0, groups, " groups do not divide ",
-                    x.size(1), " channels");
   const auto all = [](at::IntArrayRef sizes, int64_t value) {
     return std::all_of(sizes.begin(), sizes.end(), [=](int64_t size) { return size == value; });
   };
@@ -249,21 +163,15 @@ Tensor sparse_conv(const Tensor& x, const Tensor& values, const Tensor& columns,
         .view(shape);
   }
   const Window window = window_of(x, kernel, stride, padding, dilation);
-  const int64_t row_size =
-      x.size(1) / groups * window.kernel[0] * window.kernel[1] * window.kernel[2];
+  const int64_t row_size = row_size_of(window, groups);
   const SparseMatrix weight = matrix_of(values, columns, slices, cells, outputs, row_size, groups);
   check_product(x, values, bias, outputs);
   std::vector<int64_t> shape{x.size(0), outputs};
   shape.insert(shape.end(), window.output + kWindowDims - dims, window.output + kWindowDims);
   const int64_t products = x.size(0) * window.output[0] * window.output[1] * window.output[2];
-  if (products >= dense_from) {
-    std::vector<int64_t> weight_shape{outputs, x.size(1) / groups};
-    weight_shape.insert(weight_shape.end(), kernel.begin(), kernel.end());
-    const Tensor dense =
-        sparse_unpack(values, columns, slices, cells, outputs, row_size, groups).view(weight_shape);
-    return at::convolution(x, dense.to(x.scalar_type()), like(bias, x), stride, padding, dilation,
-                           false, std::vector<int64_t>(dims, 0), groups);
-  }
+  if (products >= dense_from)
+    return dense_conv(sparse_unpack(values, columns, slices, cells, outputs, row_size, groups), x,
+                      bias, kernel, stride, padding, dilation, groups);
   const Tensor y = at::empty(shape, x.options());
   run_product(weight, x, bias, window, y);
   return y;

@@ -84,6 +84,32 @@ def test_work_on_a_cuda_model_is_refused_before_it_starts():
                 work()
 
 
+def operators_of_tensors() -> list[torch._ops.OpOverload]:
+    """All of confprune's, but those that only tell something."""
+    names = torch._C._dispatch_get_all_op_names()
+    own = [name.split("::")[1] for name in names if name.startswith("confprune::")]
+    found = [getattr(torch.ops.confprune, name).default for name in sorted(own)]
+    return [operator for operator in found if operator._schema.arguments]
+
+
+def some(argument_type: str) -> object:
+    """An argument of a type that a schema names."""
+    if argument_type.startswith("List["):
+        return [some(argument_type[len("List[") : -1])]
+    values = {"Tensor": torch.zeros(1), "int": 1, "bool": True, "Optional[Tensor]": None}
+    return values[argument_type]
+
+
+@pytest.mark.parametrize("operator", operators_of_tensors(), ids=str)
+def test_every_operator_answers_for_cuda_tensors(operator):
+    cuda = torch._C.DispatchKey.CUDA
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), cuda)
+    if confprune.build_info()["cuda"] is None:
+        arguments = [some(str(argument.type)) for argument in operator._schema.arguments]
+        with pytest.raises(RuntimeError, match=r"got CUDA tensors, but this build.* Rebuild it"):
+            operator.redispatch(torch._C.DispatchKeySet(cuda), *arguments)
+
+
 @pytest.fixture(scope="module")
 def compiled():
     try:

@@ -18,11 +18,15 @@ from test_ops import (
     slow_linear,
 )
 from test_selection import problems, some_counts
+from test_sparse_ops import pruned
 from torch import Tensor
 
 from confprune import selection
 from confprune.grid import on_cuda
 from confprune.selection import Cuts, assign, key_type, select
+from confprune.sparse.modules import NEVER
+from confprune.sparse.operators import linear as sparse_linear
+from confprune.sparse.operators import pack
 
 pytestmark = pytest.mark.cuda
 
@@ -290,6 +294,64 @@ class TestGridProducts:
         assert torch.equal(y, torch.stack(loop))
 
 
+def packed_on_gpu(weight: Tensor, groups: int = 1) -> tuple[Tensor, ...]:
+    return on_gpu(pack(weight, groups))
+
+
+class TestSparse:
+    @pytest.mark.parametrize("batch", [0, 1, 2, 3, 5, 8, 16, 33])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_linear_layer(self, dtype, batch):
+        x, bias = integers(batch, 300, dtype=dtype), integers(290, dtype=dtype)
+        packed = pack(pruned(290, 300, dtype=dtype), 1)
+        expected = sparse_linear(x, *packed, bias, 290, NEVER)
+        for dense_from in (NEVER, 0):
+            found = sparse_linear(*on_gpu((x, *packed, bias)), 290, dense_from)
+            assert torch.equal(found.cpu(), expected)
+
+    @pytest.mark.parametrize("shape", [(300,), (2, 3, 300)])
+    def test_inputs_of_any_dimensions_and_another_type(self, shape):
+        x, packed = integers(*shape), pack(pruned(70, 300, dtype=torch.bfloat16), 1)
+        expected = sparse_linear(x, *packed, None, 70, NEVER)
+        found = sparse_linear(*on_gpu((x, *packed)), None, 70, NEVER)
+        assert torch.equal(found.cpu(), expected)
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_packing_and_unpacking(self, dtype, groups):
+        weight = pruned(300, 270, dtype=dtype)
+        packed = packed_on_gpu(weight, groups)
+        for found, expected in zip(ops.sparse_pack(weight.cuda(), groups), packed, strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(ops.sparse_unpack(*packed, 300, 270, groups).cpu(), weight)
+        ops.sparse_check(*packed, 300, 270, groups)
+        with pytest.raises(ValueError, match="not a sparse matrix"):
+            ops.sparse_check(packed[0], packed[1] + 100, *packed[2:], 300, 270, groups)
+
+    @pytest.mark.parametrize("batched", [False, True])
+    def test_a_convolution(self, batched):
+        x = integers(2, 6, 9, 8) if batched else integers(6, 9, 8)
+        packed = pack(pruned(12, 2 * 9), 3)
+        sizes = [3, 3], [2, 1], [1, 1], [1, 2], 3, NEVER
+        expected = ops.sparse_conv(x, *packed, None, 12, *sizes)
+        found = ops.sparse_conv(*on_gpu((x, *packed)), None, 12, *sizes)
+        torch.testing.assert_close(found.cpu(), expected)
+
+    def test_a_matrix_of_another_shape_gives_nan(self):
+        packed = packed_on_gpu(pruned(128, 300))
+        assert sparse_linear(integers(3, 300).cuda(), *packed, None, 100, NEVER).isnan().all()
+
+    @pytest.mark.parametrize("operator", ["prefix_rows", "cut_weights"])
+    def test_what_makes_sense_on_the_cpu_alone_is_refused_with_the_way_out(self, operator):
+        _, _, _, weight, levels = on_gpu(linear_case())
+        arguments = {
+            "prefix_rows": (weight, levels, 7, 16),
+            "cut_weights": (weight, -1, 5, 5, weight.clone(), longs(0, 0).cuda()),
+        }[operator]
+        with pytest.raises(RuntimeError, match=r"got CUDA tensors, but .* [oO]n CUDA"):
+            getattr(ops, operator)(*arguments)
+
+
 def registered_calls():
     """One call of every operator on a GPU: name and arguments, made when they are asked for."""
     scores = torch.randn(50)
@@ -307,6 +369,18 @@ def registered_calls():
     (x, bias, level, weight, levels), geometry = conv_case((5, 6), padding=1)
     sizes = [geometry[name] for name in ("stride", "padding", "dilation", "groups")]
     yield "grid_conv", (x, bias, level, [weight, levels], 6, 0, [3, 3], *sizes)
+    (x, bias, level, *first), (_, _, _, *second) = linear_case(shared=True), linear_case(inputs=21)
+    every = [21, 21], [0, 0], [bias, None], [None, bias], [True, False]
+    yield "grid_mlp", (x, level, [*first, *second], *every)
+    weight = pruned(21, 4 * 9)
+    yield "sparse_pack", (weight, 3)
+    packed = pack(weight, 1)
+    yield "sparse_check", (*packed, 21, 4 * 9, 1)
+    yield "sparse_unpack", (*packed, 21, 4 * 9, 1)
+    yield "sparse_linear", (integers(5, 4 * 9), *packed, bias, 21, NEVER)
+    sizes = [geometry[name] for name in ("stride", "padding", "dilation")]
+    image = integers(2, 4, 5, 6)
+    yield "sparse_conv", (image, *packed, bias, 21, [3, 3], *sizes, 1, NEVER)
 
 
 CALLS = list(registered_calls())
@@ -355,7 +429,7 @@ def test_operators_work_on_the_device_of_their_tensors(name, arguments):
 
 
 def waiting(name: str) -> bool:
-    return name == "magnitude_collect"
+    return name in ("magnitude_collect", "sparse_pack", "sparse_check")
 
 
 QUIET = [(name, arguments) for name, arguments in CALLS if not waiting(name)]
@@ -386,7 +460,10 @@ def test_assigning_levels_does_not_wait_for_the_device():
         assign(scores, cuts)
 
 
-CAPTURED = ("magnitude_select", "assign_levels", "masked_weights", "masked_linear")
+CAPTURED = (
+    *("magnitude_select", "assign_levels", "masked_weights", "masked_linear"),
+    *("sparse_unpack", "sparse_linear"),
+)
 
 
 @pytest.mark.parametrize("name", CAPTURED)
@@ -433,6 +510,13 @@ def test_a_graph_captures_operators_and_replays_them_on_new_data(name):
         ("magnitude_collect", {4: "cpu"}, ValueError, "low is on cpu"),
         ("grid_linear", {1: "cpu"}, ValueError, "bias is on cpu but x is on cuda:0"),
         ("grid_conv", {2: "cpu"}, ValueError, "level is on cpu but x is on cuda:0"),
+        ("grid_mlp", {1: "cpu"}, ValueError, "level is on cpu but x is on cuda:0"),
+        ("sparse_unpack", {3: "cpu"}, ValueError, "cells is on cpu but values is on cuda:0"),
+        ("sparse_linear", {0: "cpu"}, ValueError, "x is on the CPU"),
+        ("sparse_linear", {5: "cpu"}, ValueError, "bias is on cpu but x is on cuda:0"),
+        ("sparse_linear", {0: torch.float64}, TypeError, "x is Double and the weights are Float"),
+        ("sparse_linear", {2: torch.int32}, TypeError, "columns and slices must be uint8"),
+        ("sparse_conv", {1: "cpu"}, ValueError, "values is on cpu but x is on cuda:0"),
     ],
 )
 def test_wrong_arguments_are_named(name, arguments, error, message):

@@ -136,6 +136,36 @@ class TestOnCuda:
         assert torch.equal(y, slow_linear(*case))
         assert y.mT.is_contiguous() if batch_minor else y.is_contiguous()
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_layers_one_after_the_other(self, dtype):
+        first, second = linear_case(dtype=dtype, shared=True), linear_case(inputs=21, dtype=dtype)
+        x, bias, level, weight, levels = first
+        _, other_bias, _, other_weight, other_levels = second
+        scale = torch.full((21,), 2, dtype=dtype)
+        y = on_cuda.grid_mlp(
+            x,
+            level,
+            [weight, levels, other_weight, other_levels],
+            [21, 21],
+            [0, 0],
+            [bias, other_bias],
+            [None, scale],
+            [True, False],
+        )
+        middle = on_cuda.grid_linear(x, bias, level, [weight, levels], 21, 0, False, None, True)
+        rows = [other_weight, other_levels]
+        expected = on_cuda.grid_linear(middle, other_bias, level, rows, 21, 0, True, scale)
+        assert torch.equal(y, expected)
+        assert y.stride() == expected.stride()
+        assert torch.equal(middle, slow_linear(*first).relu())
+
+    def test_layers_are_of_two_tensors_and_two_or_more(self):
+        x, bias, level, weight, levels = linear_case(shared=True)
+        for count, rows in ((1, [weight, levels]), (2, [weight, levels]), (2, [weight] * 8)):
+            every = [21] * count, [0] * count, [bias] * count, [None] * count, [False] * count
+            with pytest.raises(ValueError, match=r"rows=\[weight, levels\].* two layers or more"):
+                on_cuda.grid_mlp(x, level, rows, *every)
+
     def test_a_convolution_by_the_operators_arguments(self):
         tensors, geometry = conv_case((5, 6), padding=1)
         x, bias, level, weight, levels = tensors

@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import confprune
-from confprune.sparse import SparseConv1d, SparseConv2d, SparseLinear, choice, compress, decompress
+from confprune.sparse import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    choice,
+    compress,
+    decompress,
+    modules,
+)
 from confprune.sparse.modules import NEVER, SparseConv3d, SparseLayer
 
 TOLERANCE = {
@@ -341,28 +350,38 @@ class TestModules:
         assert meta(torch.empty(5, 64, device="meta")).shape == (5, 96)
         assert SparseLinear(64, 96, device="meta").values.is_meta
 
-    def test_other_devices_run_dense_with_a_warning(self, layer, monkeypatch):
-        # There is no such device here: the layer is told that one is.
-        monkeypatch.setattr(SparseLayer, "_has_kernels", lambda self: False)
-        x = torch.randn(5, 64)
+    def test_other_devices_run_dense_with_a_warning(self, monkeypatch):
+        # There is no such device here: the layers are told that one is.
         for model in (nn.Linear(64, 96), nn.Conv1d(64, 96, 3), nn.Conv2d(64, 96, 1)):
             model = pruned(model)
-            with pytest.warns(UserWarning, match="no sparse kernels for cpu yet"):
+            monkeypatch.setattr(modules, "_WITH_KERNELS", ())
+            with pytest.warns(UserWarning, match="this build has no sparse kernels for cpu"):
                 result = small(model)
             x = torch.randn(2, 64, *[5] * (model.weight.ndim - 2))
             assert torch.equal(result(x), model(x))
             assert torch.equal(result.weight, model.weight)
+            assert choice.measured_dense_from(result) == NEVER
             monkeypatch.undo()
             assert result.to("cpu")._dense is None
-            monkeypatch.setattr(SparseLayer, "_has_kernels", lambda self: False)
 
     @pytest.mark.cuda
-    def test_cuda_runs_dense_with_a_warning(self, layer):
+    def test_a_gpu_holds_the_survivors_alone(self, layer, recwarn):
         x = torch.randn(5, 64)
-        with pytest.warns(UserWarning, match="no sparse kernels for cuda yet"):
-            other = copy.deepcopy(layer).to("cuda")
+        other = copy.deepcopy(layer).to("cuda")
+        assert other._dense is None
         torch.testing.assert_close(other(x.cuda()).cpu(), layer(x))
+        assert torch.equal(other.weight.cpu(), layer.weight)
         assert torch.equal(other.cpu()(x), layer(x))
+        assert not recwarn.list
+
+    @pytest.mark.cuda
+    def test_networks_are_compressed_on_a_gpu(self):
+        model = pruned(nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 512)))
+        x = torch.randn(3, 8, 6, 6)
+        for kernel in ("auto", "sparse", "dense"):
+            result = compress(copy.deepcopy(model).cuda(), kernel=kernel)
+            assert result[2].weight.is_cuda
+            torch.testing.assert_close(result(x.cuda()).cpu(), model(x), rtol=1e-3, atol=1e-4)
 
     def test_numbers_of_threads_and_examples(self, layer):
         x = torch.randn(70, 64)
@@ -469,3 +488,16 @@ class TestChoice:
             assert choice.measured_dense_from(layer) >= 0
             assert layer.dense_from == before
         assert choice.measured_dense_from(layer.to("meta")) == NEVER
+
+    @pytest.mark.cuda
+    def test_a_measurement_on_a_gpu(self):
+        layer = small(pruned(nn.Linear(64, 64)).cuda())
+        assert choice.measured_dense_from(layer) in (0, *choice.ROWS, NEVER)
+
+    @pytest.mark.parametrize(("kernels", "chosen"), [(("cuda",), 0), ((), NEVER)])
+    def test_convolutions_are_unpacked_on_cuda(self, monkeypatch, kernels, chosen):
+        layer = small(pruned(nn.Conv2d(8, 16, 3)))
+        with FakeTensorMode():
+            layer._buffers["values"] = torch.empty(100, device="cuda")
+        monkeypatch.setattr(modules, "_WITH_KERNELS", kernels)
+        assert choice.measured_dense_from(layer) == chosen

@@ -1,9 +1,10 @@
 """The grid operators on CUDA: masked on the way or written out, chosen by shape.
 
-There the `rows` of ``torch.ops.confprune.grid_linear`` and ``grid_conv`` are the weight and its
-prune levels, and `block` has no meaning. With few vectors a level the time goes to the weights, and
-the fused kernel reads them once for all levels; with many it goes to the product, which torch's
-own does best. ``python -m benchmarks gpu`` measures where the one overtakes the other.
+There the `rows` of ``torch.ops.confprune.grid_linear``, ``grid_mlp`` and ``grid_conv`` are each
+layer's weight and prune levels, and `block` has no meaning. With few vectors a level the time goes
+to the weights, and the fused kernel reads them once for all levels; with many it goes to the
+product, which torch's own does best. ``python -m benchmarks gpu`` measures where the one overtakes
+the other.
 """
 
 from __future__ import annotations
@@ -62,6 +63,31 @@ def grid_linear(
     return y.mT.contiguous().mT if batch_minor else y  # type: ignore[no-any-return]
 
 
+def grid_mlp(
+    x: Tensor,
+    level: Tensor,
+    rows: Sequence[Tensor],
+    outputs: Sequence[int],
+    blocks: Sequence[int],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
+    relus: Sequence[bool],
+) -> Tensor:
+    """``torch.ops.confprune.grid_mlp``: `grid_linear` layer by layer; two `rows` for each."""
+    count = len(outputs)
+    given = len(blocks), len(biases), len(scales), len(relus)
+    if count < 2 or len(rows) != 2 * count or any(number != count for number in given):
+        raise ValueError(
+            "grid_mlp takes rows=[weight, levels], outputs, block, bias, scale and relu of two "
+            f"layers or more, got {len(rows)} rows and {count}, {', '.join(map(str, given))} others"
+        )
+    layers = zip(outputs, blocks, biases, scales, relus, strict=True)
+    for i, (size, block, bias, scale, relu) in enumerate(layers):
+        own, last = rows[2 * i : 2 * i + 2], i == count - 1
+        x = grid_linear(x, bias, level, own, size, block, last, scale, relu)
+    return x
+
+
 @torch.no_grad()
 def grid_conv(
     x: Tensor,
@@ -118,4 +144,5 @@ def _check_devices(**tensors: Tensor | None) -> None:
 
 if build_info()["cuda"] is not None:
     torch.library.impl("confprune::grid_linear", "cuda")(grid_linear)
+    torch.library.impl("confprune::grid_mlp", "cuda")(grid_mlp)
     torch.library.impl("confprune::grid_conv", "cuda")(grid_conv)

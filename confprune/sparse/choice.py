@@ -26,8 +26,8 @@ _measured: dict[tuple[Any, ...], int] = {}
 def measured_dense_from(layer: SparseLayer) -> int:
     """From how many products on the dense kernel is faster, unpacking included.
 
-    Measured with the layer's own weight, and remembered for layers of its kind: of its sizes to a
-    factor of two, of its sparsity to 5 %, of its type, at the number of threads.
+    Measured where the layer is, with its own weight, and remembered for layers of its kind: of its
+    sizes to a factor of two, of its sparsity to 5 %, of its type, at the number of threads.
 
     Parameters
     ----------
@@ -38,7 +38,8 @@ def measured_dense_from(layer: SparseLayer) -> int:
     -------
     int
         For `SparseLayer.dense_from`: 0 if the dense kernel wins for every batch, `NEVER` if it does
-        not for the largest; `NEVER` for layers that are not on the CPU.
+        not for the largest. Convolutions have no sparse kernel on CUDA: 0 there. `NEVER` on devices
+        where there are no kernels to choose from.
 
     Examples
     --------
@@ -47,8 +48,11 @@ def measured_dense_from(layer: SparseLayer) -> int:
     >>> measured_dense_from(layer) == NEVER
     True
     """
-    if layer.packed[0].device.type != "cpu":
+    device = layer.packed[0].device.type
+    if device not in ("cpu", "cuda") or not layer.has_kernels:
         return NEVER
+    if device == "cuda" and isinstance(layer, SparseConv):
+        return 0
     kind = _kind(layer)
     if kind not in _measured:
         _measured[kind] = _measure(layer)
@@ -61,8 +65,9 @@ def _kind(layer: SparseLayer) -> tuple[Any, ...]:
     about: tuple[Any, ...] = ()
     if isinstance(layer, SparseConv):
         about = (layer.kernel_size, layer.stride, layer.dilation)
-    sparsity = round(layer.sparsity * 20)
-    return type(layer), sizes, about, sparsity, layer.packed[0].dtype, torch.get_num_threads()
+    values, sparsity = layer.packed[0], round(layer.sparsity * 20)
+    machine = values.device, torch.get_num_threads()
+    return type(layer), sizes, about, sparsity, values.dtype, machine
 
 
 def _measure(layer: SparseLayer) -> int:
@@ -83,25 +88,31 @@ def _measure(layer: SparseLayer) -> int:
 
 def _inputs(layer: SparseLayer) -> Iterator[tuple[int, Tensor]]:
     """Inputs of growing size, with the number of products that each asks for."""
-    dtype = layer.packed[0].dtype
+    like = layer.packed[0]
     if isinstance(layer, SparseLinear):
         for rows in ROWS:
-            yield rows, torch.ones(rows, layer.in_features, dtype=dtype)
+            yield rows, like.new_ones(rows, layer.in_features)
     elif isinstance(layer, SparseConv):
         dims = len(layer.kernel_size)
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         sizes = [max(POSITIONS[dims], r + 1) for r in reach]
         for examples in EXAMPLES:
-            x = torch.ones(examples, layer.in_channels, *sizes, dtype=dtype)
+            x = like.new_ones(examples, layer.in_channels, *sizes)
             yield layer(x)[:, 0].numel(), x
 
 
 def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The shortest time of a call."""
-    call(x)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS:
+    """The shortest time of a call, until its result is there."""
+
+    def once() -> float:
         start = time.perf_counter()
         call(x)
-        times.append(time.perf_counter() - start)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - start
+
+    once()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        times.append(once())
     return min(times)

@@ -45,7 +45,9 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
         How sparse layers compute. "auto": as is fastest on this machine by a measurement of each
         kind of layer, which costs some milliseconds once a process; for large batches that may
         be the dense product, with the weight unpacked for the call, and where it always is, the
-        layer stays dense. "sparse", "dense": always so.
+        layer stays dense. "sparse", "dense": always so. It is measured where the model is: move it
+        to its device first. On CUDA linear layers alone have a sparse kernel; convolutions unpack
+        their weight for every call, and stay dense with "auto".
     min_sparsity : float
         Layers with a smaller share of zeros stay dense.
 

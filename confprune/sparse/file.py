@@ -111,7 +111,7 @@ def load_sparse(
     model : torch.nn.Module
         The dense network, for its structure: its weights do not count. Left as it is.
     kernel : {"auto", "sparse", "dense"}
-        As for `compress`, but that no layer is made dense.
+        As for `compress`, but that no layer is made dense. Measured on the CPU.
 
     Returns
     -------

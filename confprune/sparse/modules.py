@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from confprune.ops import build_info
 from confprune.sparse import operators
 from confprune.sparse.operators import Packed
 
@@ -18,6 +19,8 @@ NEVER = 2**62
 """A `dense_from` that no batch reaches."""
 
 PACKED = ("values", "columns", "slices", "cells")
+
+_WITH_KERNELS = ("cpu", "meta", *(["cuda"] if build_info()["cuda"] else []))
 
 
 class SparseLayer(nn.Module):
@@ -31,7 +34,7 @@ class SparseLayer(nn.Module):
     dense_from : int
         From so many products with the weight (rows of the input; of a convolution, examples times
         positions) the weight is unpacked for the call and the dense kernel used: 0 is always,
-        `NEVER` never.
+        `NEVER` never. On CUDA convolutions always do so.
     """
 
     def __init__(
@@ -107,17 +110,19 @@ class SparseLayer(nn.Module):
         self._settle()
         return self
 
-    def _has_kernels(self) -> bool:
-        return self.packed[0].device.type in ("cpu", "meta")
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there are sparse kernels where the layer is; else it holds a dense weight too."""
+        return self.packed[0].device.type in _WITH_KERNELS
 
     def _settle(self) -> None:
         """Hold the dense weight on a device without sparse kernels, and only there."""
         self._dense = None
-        if self._has_kernels():
+        if self.has_kernels:
             return
         device = self.packed[0].device
         warnings.warn(
-            f"there are no sparse kernels for {device.type} yet: sparse layers run dense there",
+            f"this build has no sparse kernels for {device.type}: sparse layers run dense there",
             stacklevel=2,
         )
         packed = [tensor.cpu() for tensor in self.packed]

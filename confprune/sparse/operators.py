@@ -8,6 +8,10 @@
 
 The two products take `dense_from`: from so many products of the matrix with a vector on (rows of
 the input; examples times positions) they unpack the matrix and call torch's own kernel.
+
+On CUDA packing and checking are done on the CPU, and ``sparse_conv`` unpacks always. What tensors
+hold is not looked at there by the host, which would have to wait: `cells` of a matrix of another
+shape give NaN in the place of an error.
 """
 
 from __future__ import annotations

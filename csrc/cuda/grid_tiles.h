@@ -8,16 +8,13 @@
 
 #include "cuda/device.h"
 #include "cuda/grid_linear.h"
+#include "cuda/numbers.h"
 
 namespace confprune::cuda::grid {
 
 constexpr int kThreads = 256;
 constexpr int kStages = 3;
 constexpr int kChunkBytes = 16;
-
-inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // How a product is cut into tiles, one a block.
 struct Tiling {
@@ -213,20 +210,6 @@ __device__ void pipeline(int steps, Copy copy, Multiply multiply) {
     copy_async_commit();
     multiply(stage);
     stage = stage == kStages - 1 ? 0 : stage + 1;
-  }
-}
-
-template <class Real>
-__device__ Real number_at(const void* numbers, Element element, int64_t index) {
-  switch (element) {
-    case Element::float64:
-      return Real(static_cast<const double*>(numbers)[index]);
-    case Element::float16:
-      return Real(widen(static_cast<const Half*>(numbers)[index]));
-    case Element::bfloat16:
-      return Real(widen(static_cast<const BFloat16*>(numbers)[index]));
-    default:
-      return Real(static_cast<const float*>(numbers)[index]);
   }
 }
 

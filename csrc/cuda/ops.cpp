@@ -2,8 +2,6 @@
 // the start of the kernels. Nothing here waits for the device, but where it says so.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,6 +11,7 @@
 
 #include "arguments.h"
 #include "cuda/architectures.h"
+#include "cuda/call.h"
 #include "cuda/grid_linear.h"
 #include "cuda/levels.h"
 #include "cuda/masked_weights.h"
@@ -39,44 +38,9 @@ namespace {
 
 using at::Tensor;
 
-// The device and the stream of a call: those of one tensor, to which others are held.
-class Call {
- public:
-  Call(const Tensor& tensor, const char* argument)
-      : device_(tensor.device()), argument_(argument), guard_(checked(tensor, argument)) {}
-
-  cuda::Stream stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
-
-  void check(const Tensor& tensor, const char* argument) const {
-    TORCH_CHECK_VALUE(tensor.device() == device_, argument, " is on ", tensor.device(), " but ",
-                      argument_, " is on ", device_, ": move one of them with .to(device)");
-  }
-
-  void check(const std::optional<Tensor>& tensor, const char* argument) const {
-    if (tensor.has_value())
-      check(*tensor, argument);
-  }
-
- private:
-  static at::Device checked(const Tensor& tensor, const char* argument) {
-    TORCH_CHECK_VALUE(tensor.is_cuda(), argument,
-                      " is on the CPU but others are on a CUDA device: "
-                      "move one of them with .to(device)");
-    return tensor.device();
-  }
-
-  at::Device device_;
-  const char* argument_;
-  c10::cuda::CUDAGuard guard_;
-};
-
 cuda::Scores scores_of(const Tensor& contiguous, const char* argument) {
   return {contiguous.const_data_ptr(), element_of(contiguous.scalar_type(), argument),
           contiguous.numel()};
-}
-
-Tensor scratch(size_t bytes, const Tensor& like) {
-  return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> magnitude_select(at::TensorList scores,

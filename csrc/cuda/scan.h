@@ -21,6 +21,17 @@ __device__ int64_t first_where(int64_t size, Holds holds) {
   return low;
 }
 
+// The sum of the values of a warp's lanes up to this one.
+template <class T>
+__device__ T cumulative_in_warp(T value) {
+  const unsigned lane = threadIdx.x % kWarp;
+  for (unsigned by = 1; by < kWarp; by *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, value, by);
+    value += lane >= by ? other : 0;
+  }
+  return value;
+}
+
 template <class T>
 struct Sums {
   T before;  // of the threads before this one
@@ -31,11 +42,7 @@ struct Sums {
 template <class T>
 __device__ Sums<T> block_sums(T value, T* shared) {
   const unsigned lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
-  T sum = value;
-  for (unsigned by = 1; by < kWarp; by *= 2) {
-    const T other = __shfl_up_sync(kAllLanes, sum, by);
-    sum += lane >= by ? other : 0;
-  }
+  const T sum = cumulative_in_warp(value);
   if (lane == kWarp - 1)
     shared[own] = sum;
   __syncthreads();

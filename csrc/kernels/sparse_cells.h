@@ -20,13 +20,6 @@ const T* widened(const Stored* values, int64_t count, T* out) {
   }
 }
 
-inline int64_t survivors_of(const Slice& slice) {
-  int64_t survivors = slice.full * kSliceRows;
-  for (int64_t step = 0; step < slice.partial; ++step)
-    survivors += slice.step_rows[step];
-  return survivors;
-}
-
 // Batches: y[place, lanes] += Σ survivors · x[column, lanes], kBytes of lanes; x is without gaps.
 
 template <class T, int kBytes>

@@ -207,11 +207,6 @@ void with_element(Element element, Body body) {
 
 }  // namespace
 
-bool has_shape(const int64_t* cells, int64_t rows, int64_t row_size, int64_t groups) {
-  const int64_t* shape = cells + 2 * (Chunks(rows, row_size, groups).cells() + 1);
-  return shape[0] == rows && shape[1] == row_size && shape[2] == groups && shape[3] == kSparseBlock;
-}
-
 void name_shape(const DenseMatrix& dense, int64_t* cells) {
   int64_t* shape = cells + 2 * (Chunks(dense.rows, dense.row_size, dense.groups).cells() + 1);
   shape[0] = dense.rows;

@@ -63,13 +63,20 @@ struct Slice {
   const uint8_t* next_slice;  // where this one ends
 };
 
-inline Slice read_slice(const uint8_t* at) {
+CONFPRUNE_HOST_DEVICE inline Slice read_slice(const uint8_t* at) {
   Slice slice{at[0], at[1], kSliceRows, at + 2, nullptr, nullptr};
   if (slice.full == 0)
     slice.rows = slice.step_rows[0];
   slice.places = slice.step_rows + slice.partial;
   slice.next_slice = slice.places + slice.rows;
   return slice;
+}
+
+CONFPRUNE_HOST_DEVICE inline int64_t survivors_of(const Slice& slice) {
+  int64_t survivors = slice.full * kSliceRows;
+  for (int64_t step = 0; step < slice.partial; ++step)
+    survivors += slice.step_rows[step];
+  return survivors;
 }
 
 // How rows are cut into chunks: about four to a group, for threads to share, within [128, 256].
@@ -87,20 +94,26 @@ struct Chunks {
         count(per_group * groups),
         blocks((row_size + kSparseBlock - 1) / kSparseBlock) {}
 
-  int64_t group(int64_t chunk) const { return chunk / per_group; }
-  int64_t begin(int64_t chunk) const {
+  CONFPRUNE_HOST_DEVICE int64_t group(int64_t chunk) const { return chunk / per_group; }
+  CONFPRUNE_HOST_DEVICE int64_t begin(int64_t chunk) const {
     return group(chunk) * rows_per_group + chunk % per_group * size;
   }
-  int64_t rows(int64_t chunk) const {
-    return std::min(size, rows_per_group - chunk % per_group * size);
+  CONFPRUNE_HOST_DEVICE int64_t rows(int64_t chunk) const {
+    const int64_t left = rows_per_group - chunk % per_group * size;
+    return left < size ? left : size;
   }
-  int64_t cells() const { return count * blocks; }
+  CONFPRUNE_HOST_DEVICE int64_t cells() const { return count * blocks; }
 };
+
+// Whether the end of `cells` says that it is a matrix of this shape; `name_shape` writes it there.
+CONFPRUNE_HOST_DEVICE inline bool has_shape(const SparseMatrix& sparse, const Chunks& chunks) {
+  const int64_t* shape = sparse.cells + 2 * (chunks.cells() + 1);
+  return shape[0] == sparse.rows && shape[1] == sparse.row_size && shape[2] == sparse.groups &&
+         shape[3] == kSparseBlock;
+}
 
 }  // namespace
 
-// Whether the end of `cells` says that it is a matrix of this shape; `name_shape` writes it there.
-bool has_shape(const int64_t* cells, int64_t rows, int64_t row_size, int64_t groups);
 void name_shape(const DenseMatrix& dense, int64_t* cells);
 
 // Writes to cells[cell + 1] the survivors and the bytes of slices of every cell of a chunk.
