@@ -108,7 +108,8 @@ class Build(BuildExtension):  # type: ignore[misc]
     """Torch's builder, with one-line reasons for what a machine may lack."""
 
     def finalize_options(self) -> None:
-        """Keep objects of different torch versions apart: they do not mix."""
+        """Name one library for all of Python; keep the objects of each torch apart."""
+        self.no_python_abi_suffix = True  # an option of the constructor fails with setuptools 77
         super().finalize_options()
         self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}")
 
@@ -125,7 +126,7 @@ class Build(BuildExtension):  # type: ignore[misc]
 
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build},
     # The library does not use Python, so one wheel serves every version.
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
