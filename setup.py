@@ -75,7 +75,10 @@ def with_cuda() -> bool:
 
 
 def extension() -> Extension:
-    """The one extension module. No -march: the instruction set is chosen at run time."""
+    """The one extension module.
+
+    No -march: the instruction set is chosen at run time. No -std: torch adds what its headers need.
+    """
     cuda = with_cuda()
     left_out = {WITHOUT_CUDA} if cuda else set((CSRC / "cuda").glob("*"))
     sources = sorted({*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")} - left_out)
@@ -83,7 +86,6 @@ def extension() -> Extension:
     module = make("confprune._C", list(map(str, sources)), depends=HEADERS, py_limited_api=True)
     others, module.include_dirs = module.include_dirs, [str(CSRC.resolve())]
     flags = [
-        "-std=c++17",
         "-O3",
         "-g0",
         "-fvisibility=hidden",
@@ -98,7 +100,7 @@ def extension() -> Extension:
         flags.append("-fopenmp")
     # The kernels know no torch; what nvcc makes of their host side is compiled as the rest is.
     host = ["-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
-    module.extra_compile_args = {"cxx": flags, "nvcc": ["-std=c++17", "-O3", *host]}
+    module.extra_compile_args = {"cxx": flags, "nvcc": ["-O3", *host]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return module
@@ -108,7 +110,8 @@ class Build(BuildExtension):  # type: ignore[misc]
     """Torch's builder, with one-line reasons for what a machine may lack."""
 
     def finalize_options(self) -> None:
-        """Keep objects of different torch versions apart: they do not mix."""
+        """Name one library for all of Python; keep the objects of each torch apart."""
+        self.no_python_abi_suffix = True  # an option of the constructor fails with setuptools 77
         super().finalize_options()
         self.build_temp = os.path.join(self.build_temp, f"torch-{torch.__version__}")
 
@@ -125,7 +128,7 @@ class Build(BuildExtension):  # type: ignore[misc]
 
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build},
     # The library does not use Python, so one wheel serves every version.
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

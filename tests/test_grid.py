@@ -424,7 +424,9 @@ def test_uncommon_ways_to_a_weight_are_seen(operator):
     model = Other()
     if operator == "compiled":
         model = torch.compile(model, backend="eager")
-    check(model, [torch.randn(4, 10)])
+    # Torch's checkpoints are open to vmap from 2.12 on.
+    one_by_one = operator == "checkpoint" and torch.__version__ < "2.12"
+    check(model, [torch.randn(4, 10)], fallback=ANY if one_by_one else None)
 
 
 class OwnBias(nn.Module):

@@ -600,9 +600,10 @@ class HuggingFace:
     """Tiny networks of every family, from configurations."""
 
     @staticmethod
-    def build(family: str) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
+    def build(family: str, attention: str) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
         transformers = pytest.importorskip("transformers")
         small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        small["attn_implementation"] = attention
         vocabulary = {"vocab_size": 23, "max_position_embeddings": 16}
 
         def text(n: int) -> dict[str, Tensor]:
@@ -625,7 +626,12 @@ class HuggingFace:
             return transformers.LlamaForCausalLM(config), text
         if family == "gpt2":
             config = transformers.GPT2Config(
-                vocab_size=23, n_positions=16, n_embd=16, n_layer=2, n_head=2
+                vocab_size=23,
+                n_positions=16,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                attn_implementation=attention,
             )
             return transformers.GPT2LMHeadModel(config), text
         config = transformers.ViTConfig(
@@ -640,10 +646,10 @@ class HuggingFace:
 FAMILIES = [*((family, "sdpa") for family in ("bert", "llama", "gpt2", "vit")), ("llama", "eager")]
 
 
-@pytest.mark.parametrize(("family", "implementation"), FAMILIES)
-def test_hugging_face_networks(family, implementation):
-    model, batch = HuggingFace.build(family)
-    model.set_attn_implementation(implementation)
+@pytest.mark.parametrize(("family", "attention"), FAMILIES)
+def test_hugging_face_networks(family, attention):
+    model, batch = HuggingFace.build(family, attention)
+    assert model.config._attn_implementation == attention
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)

@@ -233,7 +233,7 @@ class TestFiles:
         save_file(network().state_dict(), path)
         with pytest.raises(ValueError, match="was not written by"):
             load_sparse(path, network())
-        save_file({}, path, {"confprune.sparse": '{"format": 2}'})
+        save_file({"weight": torch.ones(1)}, path, {"confprune.sparse": '{"format": 2}'})
         with pytest.raises(ValueError, match="has format 2, this version reads 1"):
             load_sparse(path, network())
 

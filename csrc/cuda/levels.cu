@@ -24,7 +24,7 @@ constexpr int kBlocks = 2;
 #endif
 constexpr int kVectors = 4;                 // of 16 bytes that a thread reads at once
 constexpr int kRun = 8;                     // elements that a lane numbers in a row
-constexpr int kAhead = 8;                   // tiles whose counts a thread reads at once
+constexpr int kAhead = 6;                   // tiles whose counts a thread reads at once; 8 spill
 constexpr int64_t kMostShares = 64 << 20;   // bytes for what the tiles of a launch publish
 constexpr Count kCounted = Count(1) << 62;  // published: the equals of a tile
 constexpr Count kSummed = Count(2) << 62;   // and those of all tiles before
@@ -214,7 +214,10 @@ class Worker {
 
   // Publishes how many keys of this tile equal a value, and adds up those of the tiles before.
   __device__ int64_t equals_before(unsigned cut, int64_t count) const {
-    Count* const own = shares_.published + int64_t(tile_) * cuts_.size + cut;
+    const auto share_of = [&](int tile) {
+      return shares_.published + int64_t(tile) * cuts_.size + cut;
+    };
+    Count* const own = share_of(tile_);
     if (tile_ > 0)
       store_relaxed(own, kCounted | Count(count));
     int64_t before = tile_ > 0 ? 0 : load_relaxed(shares_.ranks + cut);
@@ -222,7 +225,7 @@ class Worker {
       Count seen[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        seen[i] = tile < i ? 0 : load_relaxed(own - int64_t(tile_ - tile + i) * cuts_.size);
+        seen[i] = tile < i ? 0 : load_relaxed(share_of(tile - i));
       bool waits = false;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {

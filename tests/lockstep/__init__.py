@@ -75,14 +75,19 @@ _SANITIZERS = {
 
 def sanitizer_runtime(sanitizer: str) -> str:
     """The library of a sanitizer; skips the test where the compiler has none."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     name = f"lib{sanitizer[0]}san.so"
-    path = subprocess.run(
-        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    path = _library_of_the_compiler(name)
     if not os.path.isabs(path):
         pytest.skip(f"the compiler has no {name}")
     return path
+
+
+def _library_of_the_compiler(name: str) -> str:
+    """Where it is; the name itself if the compiler has none of it."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    return subprocess.run(
+        [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def check_sanitized(file: str, tests: str, sanitizer: str) -> None:
@@ -90,8 +95,9 @@ def check_sanitized(file: str, tests: str, sanitizer: str) -> None:
 
     "address" finds accesses outside of memory, "thread" those that nothing orders.
     """
-    runtime = sanitizer_runtime(sanitizer)
-    flags = {FLAGS: f"-fsanitize={sanitizer} -O1", "LD_PRELOAD": runtime}
+    # A sanitizer stops at exceptions that torch throws, unless it finds their library at the start.
+    preload = f"{sanitizer_runtime(sanitizer)} {_library_of_the_compiler('libstdc++.so.6')}"
+    flags = {FLAGS: f"-fsanitize={sanitizer} -O1", "LD_PRELOAD": preload}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, file],
         env=os.environ | flags | _SANITIZERS[sanitizer] | {"OMP_NUM_THREADS": "1"},
