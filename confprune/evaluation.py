@@ -50,13 +50,10 @@ class Evidence:
     accepted: NDArray[np.bool_] | None
     labels: NDArray[np.str_] | None
 
-    def part(self, examples: slice, columns: IntArray) -> Evidence:
-        """What some of the examples say of the candidates of some columns."""
-        return Evidence(
-            self.losses[:, examples, columns],
-            None if self.accepted is None else self.accepted[examples, columns],
-            None if self.labels is None else self.labels[examples],
-        )
+    def at(self, columns: IntArray) -> Evidence:
+        """What the examples say of the candidates of some columns."""
+        accepted = None if self.accepted is None else self.accepted[:, columns]
+        return Evidence(self.losses[:, :, columns], accepted, self.labels)
 
     def of(self, target: Target, losses: Sequence[Loss]) -> tuple[NDArray[np.float32], Any]:
         """The losses [B, A] that a target is about, and which of them count (None: all)."""

@@ -120,7 +120,8 @@ def early_test(
         for batch in stream:
             begin, size = 0, batch_length(batch)
             while begin < size and not test.finished:
-                end = min(size, begin + _stride(test, evaluation, batch, seen))
+                end = begin + min(_stride(test, evaluation, batch, seen), plan.n - seen)
+                end = min(size, end)
                 pending.append(evaluation(slice_batch(batch, begin, end), test.active))
                 seen += end - begin
                 begin = end
@@ -158,18 +159,20 @@ def _take_in(
     pending: Sequence[Measured],
 ) -> FloatArray:
     """Test on evidence of the levels that were active, look by look; how often each accepted."""
-    active, accepted = test.active, np.zeros(len(evaluation))
+    accepted = np.zeros(len(evaluation))
     for own in pending:
-        evidence = evaluation.completed(own)
-        begin, size = 0, evidence.losses.shape[1]
-        while begin < size and not test.finished:
-            end = min(size, begin + test.next_look - test.seen)
-            part = evidence.part(slice(begin, end), np.searchsorted(active, test.active))
-            if part.accepted is not None:
-                accepted[test.active] += part.accepted.sum(axis=0)
-            parts = [part.of(target, evaluation.losses) for target in targets]
-            test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
-            begin = end
+        if test.finished:
+            break
+        evidence, active = evaluation.completed(own), test.active
+        if active.size < own.active.size:
+            evidence = evidence.at(np.searchsorted(own.active, active))
+        parts = [evidence.of(target, evaluation.losses) for target in targets]
+        before = test.evaluated[active]
+        test.update([matrix for matrix, _ in parts], [counted for _, counted in parts])
+        if evidence.accepted is not None:
+            running = evidence.accepted.cumsum(axis=0)
+            last = test.evaluated[active] - before - 1
+            accepted[active] += np.take_along_axis(running, last[None], axis=0)[0]
     return accepted
 
 

@@ -293,7 +293,10 @@ def _bound_hoeffding(sums: FloatArray, n: FloatArray, delta: FloatArray) -> Floa
 
 
 def _bound_binomial(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
-    return _bound_by_tables(BinomialTail.up_to, sums, n, delta, *_bracket(sums, n, delta))
+    # The closed form is nearly always within rounding of the bound; if so, one table is enough.
+    low, high = _bracket(sums, n, delta)
+    guess = np.minimum(low / (1.0 - _MARGIN) * (1.0 + _TOLERANCE), 1.0)
+    return _bound_by_tables(BinomialTail.up_to, sums, n, delta, low, high, guess)
 
 
 def _bound_bentkus(sums: FloatArray, n: FloatArray, delta: FloatArray) -> FloatArray:
@@ -337,6 +340,7 @@ def _bound_by_tables(
     delta: FloatArray,
     low: FloatArray,
     high: FloatArray,
+    guess: FloatArray | None = None,
 ) -> FloatArray:
     floors = np.log(delta) - 40.0
 
@@ -349,7 +353,7 @@ def _bound_by_tables(
         ]
         return np.log(np.maximum(pvalues, 1e-300))
 
-    return _crossing(log_pvalue, delta, low, high)
+    return _crossing(log_pvalue, delta, low, high, guess=guess)
 
 
 def _crossing(
@@ -358,11 +362,13 @@ def _crossing(
     low: FloatArray,
     high: FloatArray,
     tolerance: float = _TOLERANCE,
+    guess: FloatArray | None = None,
 ) -> FloatArray:
     """The risks at which falling p-values reach delta, from the side where they have.
 
     `log_pvalue` takes risks and the indices of the levels they belong to. A p-value that is still
-    above delta at `high` gives the bound 1.
+    above delta at `high` gives the bound 1. A `guess` is known to be no more than `tolerance` too
+    large, and taken where the p-value has reached delta there.
     """
     # A little below delta, so that a rounding error in the p-value cannot lift it above.
     targets = np.log(delta) - 1e-12
@@ -374,8 +380,12 @@ def _crossing(
         values[inside] = log_pvalue(alpha[inside], index[inside]) - targets[index[inside]]
         return np.asarray(np.clip(values, -_FAR, _FAR))
 
-    open_levels = np.flatnonzero(low < 1.0)
     bounds = np.ones(low.shape)
+    open_levels = np.flatnonzero(low < 1.0)
+    if guess is not None:
+        good = excess(guess[open_levels], open_levels.astype(np.float64)) <= 0.0
+        bounds[open_levels[good]] = guess[open_levels[good]]
+        open_levels = open_levels[~good]
     if open_levels.size:
         bracket = low[open_levels], high[open_levels]
         result = elementwise.find_root(

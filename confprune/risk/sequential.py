@@ -92,8 +92,8 @@ def _settles_early(procedure: Procedure) -> bool:
 class SequentialTest:
     """Testing K levels on examples that come in order, at the looks of a plan.
 
-    Feed it the losses of the levels in `active`, at most up to `next_look` examples in all, until
-    it is `finished`. The examples must be in the order of drawing or in random order.
+    Feed it the losses of the levels in `active` until it is `finished`. The examples must be in the
+    order of drawing or in random order.
 
     Parameters
     ----------
@@ -184,8 +184,13 @@ class SequentialTest:
         return self._seen
 
     @property
+    def evaluated(self) -> IntArray:
+        """Number of examples each level was active at [K]."""
+        return self._examples.copy()
+
+    @property
     def next_look(self) -> int:
-        """Number of examples at the next look; feed no more than up to there."""
+        """Number of examples at the next look."""
         return self._plan.sizes[min(self._look, len(self._plan.sizes) - 1)]
 
     @property
@@ -198,13 +203,13 @@ class SequentialTest:
         losses: Sequence[ArrayLike],
         counted: Sequence[ArrayLike | None] | None = None,
     ) -> None:
-        """Take in the next examples.
+        """Take in the next examples; what comes after a look is only for levels still active then.
 
         Parameters
         ----------
         losses : sequence of array_like [m, A]
-            For each risk, the losses of the active levels. Where an example does not count,
-            any number in [0, 1].
+            For each risk, the losses of the levels that are active now. Where an example does not
+            count, any number in [0, 1].
         counted : sequence of (array_like of bool [m] or [m, A], or None), optional
             For each risk, which examples count: members of its group, or predictions accepted
             at each level. None: all.
@@ -213,12 +218,13 @@ class SequentialTest:
         ------
         ValueError
             If shapes do not match, losses are outside of [0, 1], or the examples go beyond the
-            next look.
+            last look.
         """
         if len(losses) != len(self._trackers):
             raise ValueError(f"{len(self._trackers)} risks need as many losses, got {len(losses)}")
         matrices = [check_losses(part) for part in losses]
-        shape = (len(matrices[0]), self._active.size)
+        asked = self._active
+        shape = (len(matrices[0]), asked.size)
         if not self.finished and any(matrix.shape != shape for matrix in matrices):
             raise ValueError(
                 f"losses must be [m, {shape[1]}], a column per active level, "
@@ -226,10 +232,22 @@ class SequentialTest:
             )
         masks = [None] * len(losses) if counted is None else counted
         expanded = [_expand(mask, shape) for mask in masks]
-        self._proceed(shape[0])
-        for tracker, matrix, mask in zip(self._trackers, matrices, expanded, strict=True):
-            tracker.observe(matrix, self._active, mask)
-        self._look_if_due()
+        self._check_room(shape[0], self._plan.sizes[-1])
+        looks = np.array(self._plan.sizes[self._look :]) - self._seen
+        starts = np.append(0, looks[looks < shape[0]])
+        parts = [
+            tracker.split(matrix, mask, starts)
+            for tracker, matrix, mask in zip(self._trackers, matrices, expanded, strict=True)
+        ]
+        for size, *of_trackers in zip(
+            np.diff(starts, append=shape[0]).tolist(), *parts, strict=True
+        ):
+            if self.finished:
+                break
+            columns = np.searchsorted(asked, self._active)
+            for tracker, part in zip(self._trackers, of_trackers, strict=True):
+                tracker.observe(part, columns, self._active)
+            self._proceed(size)
 
     def update_sums(self, examples: int, sums: ArrayLike, counts: ArrayLike | None = None) -> None:
         """Take in the next examples by their sums; for p-values that need no more.
@@ -246,7 +264,8 @@ class SequentialTest:
         Raises
         ------
         ValueError
-            As `update`; and if a p-value needs the losses themselves (`betting`).
+            As `update`; if the examples go beyond the next look; and if a p-value needs the losses
+            themselves (`betting`).
         """
         totals = np.asarray(sums, dtype=np.float64)
         shape = (len(self._trackers), self._active.size)
@@ -260,10 +279,10 @@ class SequentialTest:
         trackers = [t for t in self._trackers if isinstance(t, SumTracker)]
         if len(trackers) < len(self._trackers):
             raise ValueError("pvalue='betting' needs the losses, not only their sums; call update")
-        self._proceed(examples)
+        self._check_room(examples, self.next_look)
         for tracker, total, number in zip(trackers, totals, numbers, strict=True):
             tracker.add(total, self._active, number)
-        self._look_if_due()
+        self._proceed(examples)
 
     def result(self) -> SequentialResult:
         """The findings so far; complete once `finished`."""
@@ -283,18 +302,21 @@ class SequentialTest:
             saved=1.0 - evaluations / full,
         )
 
-    def _proceed(self, examples: int) -> None:
+    def _check_room(self, examples: int, most: int) -> None:
+        """Raise ValueError unless so many further examples are needed, `most` in all."""
         if self.finished:
             raise ValueError("the test is finished; no further examples are needed")
-        if examples < 1 or self._seen + examples > self.next_look:
+        if examples < 1 or self._seen + examples > most:
+            which = "last" if most == self._plan.sizes[-1] else "next"
             raise ValueError(
-                f"the next look is at {self.next_look} examples and {self._seen} have been seen, "
+                f"the {which} look is at {most} examples and {self._seen} have been seen, "
                 f"got {examples} more; split the batch at the look"
             )
+
+    def _proceed(self, examples: int) -> None:
+        """Count examples whose losses are there, and look if it is time."""
         self._seen += examples
         self._examples[self._active] += examples
-
-    def _look_if_due(self) -> None:
         if self._seen < self.next_look:
             return
         pending = np.zeros(self._active.size, dtype=bool)

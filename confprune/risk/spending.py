@@ -43,7 +43,7 @@ _BETTING_COST = 1.15
 """What betting needs beyond its first-order boundary; by simulation. Only guides giving up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ErrorSpending:
     """The running number of errors of a level that has not been rejected yet.
 
@@ -146,18 +146,35 @@ class SumTracker:
         self._alpha = alpha
         self._n = n
         self._spending = np.asarray(spending, dtype=np.float64)
-        self._paths = [ErrorSpending(alpha)] * levels
+        self._paths = [_unseen(alpha)] * levels
 
-    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray | None) -> None:
-        """Add losses [m, A] of the examples that count, [m, A] or None for all."""
+    def split(
+        self, losses: NDArray[Any], counted: BoolArray | None, starts: IntArray
+    ) -> list[tuple[FloatArray, IntArray]]:
+        """Sums and counts [A] of losses [m, A], by the parts that begin at `starts`.
+
+        Of the examples that count, [m, A] or None for all.
+        """
         relevant = losses if counted is None else np.where(counted, losses, 0)
         if self._kind.binary_only and not losses_are_binary(relevant):
             raise ValueError(
                 f"pvalue={self._kind.name!r} needs losses that are 0 or 1, got values in between; "
                 "use pvalue='betting' or 'convex'"
             )
-        counts = len(losses) if counted is None else counted.sum(axis=0)
-        self.add(relevant.sum(axis=0, dtype=np.float64), levels, counts)
+        sums = np.add.reduceat(relevant, starts, axis=0, dtype=np.float64)
+        if counted is None:
+            sizes = np.diff(starts, append=len(losses))
+            counts = np.broadcast_to(sizes[:, None], sums.shape)
+        else:
+            counts = np.add.reduceat(counted, starts, axis=0, dtype=np.int64)
+        return list(zip(sums, counts, strict=True))
+
+    def observe(
+        self, part: tuple[FloatArray, IntArray], columns: IntArray, levels: IntArray
+    ) -> None:
+        """Add what `split` made of further losses of `levels` [A], which stand in `columns`."""
+        sums, counts = part
+        self.add(sums[columns], levels, counts[columns])
 
     def add(self, sums: FloatArray, levels: IntArray, counts: IntArray | int) -> None:
         """Add the sums [A] of further losses, and how many there were [A]."""
@@ -187,8 +204,7 @@ class SumTracker:
         for level in levels.tolist():
             alike.setdefault((id(self._paths[level]), int(self.counts[level])), []).append(level)
         for (_, count), together in alike.items():
-            present = self._paths[together[0]].after(count)
-            critical, remaining = present.reject(allowed)
+            present, critical, remaining = _at_look(self._paths[together[0]], count, allowed)
             members = np.array(together)
             decided = members if last else members[self.sums[members] <= critical]
             if decided.size:
@@ -245,8 +261,19 @@ class BettingTracker:
         self._n = n
         self._process = BettingProcess(alpha, levels, n, delta)
 
-    def observe(self, losses: NDArray[Any], levels: IntArray, counted: BoolArray | None) -> None:
-        """Bet on losses [m, A] of the examples that count, [m, A] or None for all."""
+    def split(
+        self, losses: NDArray[Any], counted: BoolArray | None, starts: IntArray
+    ) -> list[tuple[NDArray[Any], BoolArray | None]]:
+        """Losses [m, A], and which of them count (None: all), by the parts from `starts` on."""
+        parts = np.split(losses, starts[1:])
+        masks = [None] * len(parts) if counted is None else np.split(counted, starts[1:])
+        return list(zip(parts, masks, strict=True))
+
+    def observe(
+        self, part: tuple[NDArray[Any], BoolArray | None], columns: IntArray, levels: IntArray
+    ) -> None:
+        """Bet on what `split` made of further losses of `levels` [A], which stand in `columns`."""
+        losses, counted = part[0][:, columns], None if part[1] is None else part[1][:, columns]
         relevant = losses if counted is None else np.where(counted, losses, 0)
         self.sums[levels] += relevant.sum(axis=0, dtype=np.float64)
         self.counts[levels] += len(losses) if counted is None else counted.sum(axis=0)
@@ -296,6 +323,22 @@ def _bridge(
     chance[np.isnan(chance)] = 1.0
     chance[sums > rate * final * (1.0 + 1e-9)] = 0.0  # But for rounding of the product.
     return np.asarray(chance)
+
+
+@functools.lru_cache
+def _unseen(alpha: float) -> ErrorSpending:
+    """The one from which all paths of this risk start."""
+    return ErrorSpending(alpha)
+
+
+@functools.lru_cache(maxsize=256)
+def _at_look(
+    path: ErrorSpending, count: int, allowed: float
+) -> tuple[ErrorSpending, float, ErrorSpending]:
+    """A path at its next look: before it, what it rejects, and after; the same in every test."""
+    present = path.after(count)
+    critical, remaining = present.reject(allowed)
+    return present, critical, remaining
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,22 +1,9 @@
 // 32-byte vectors, for machines with AVX2.
 #if defined(__x86_64__)
 
-// The headers of the standard library come before the target is raised: their inline functions may
-// be merged with other files' copies, which must run everywhere.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
+#include "kernels/x86_target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+CONFPRUNE_BEGIN_TARGET(CONFPRUNE_AVX2)
 
 #define CONFPRUNE_VECTOR_BYTES 32
 #define CONFPRUNE_TILE_VECTORS 8
@@ -32,10 +19,6 @@ const InstructionSet& avx2_set() {
 
 }  // namespace confprune
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+CONFPRUNE_END_TARGET
 
 #endif

@@ -1,15 +1,7 @@
 // The filter with the window's flags in eight registers, looked up by permutations.
 #if defined(__x86_64__)
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes its own headers' undefined operands for mistakes.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#include <immintrin.h>
-
-#include <algorithm>
+#include "kernels/x86_target.h"
 
 #include "kernels/elements.h"
 #include "kernels/key_window.h"

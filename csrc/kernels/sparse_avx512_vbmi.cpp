@@ -1,35 +1,10 @@
 // 64-byte vectors, for machines with AVX-512 that permute bytes (VBMI) and have BMI2.
 #if defined(__x86_64__)
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes its own headers' undefined operands for mistakes.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#include <immintrin.h>
-
-// The headers of the standard library come before the target is raised: their inline functions may
-// be merged with other files' copies, which must run everywhere.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
 #include "kernels/sparse_sets.h"
+#include "kernels/x86_target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                                     \
-    __attribute__((target(                                                                        \
-        "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,bmi2,prefer-vector-width=512"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target( \
-    "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,bmi2,prefer-vector-width=512")
-#endif
+CONFPRUNE_BEGIN_TARGET(CONFPRUNE_AVX512_VBMI)
 
 #define CONFPRUNE_VECTOR_BYTES 64
 #include "kernels/sparse_avx512.h"
@@ -165,10 +140,6 @@ SparseSet sparse_avx512_vbmi() {
 
 }  // namespace confprune
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+CONFPRUNE_END_TARGET
 
 #endif

@@ -17,10 +17,11 @@ SIZES = (40, 90, 150, 240)
 SHARES = (0.03, 0.02, 0.02, 0.03)
 
 
-def run(test, losses, counted=None, batch=50):
-    """Feed whole matrices [n, K], one per risk, in batches that respect the looks."""
+def run(test, losses, counted=None, batch=50, stop_at_looks=True):
+    """Feed whole matrices [n, K], one per risk, in batches."""
     while not test.finished:
-        rows = slice(test.seen, min(test.seen + batch, test.next_look))
+        end = min(test.seen + batch, len(losses[0]))
+        rows = slice(test.seen, min(end, test.next_look) if stop_at_looks else end)
         masks = None
         if counted is not None:
             masks = [
@@ -60,9 +61,12 @@ def passes(name, losses, counted, alpha, spending):
     counting=st.sampled_from(["all", "group", "accepted"]),
     procedure=st.sampled_from(["fixed_sequence", "bonferroni"]),
     batch=st.integers(7, 300),
+    stop_at_looks=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_without_futility_the_full_matrix_gives_the_same(seed, name, counting, procedure, batch):
+def test_without_futility_the_full_matrix_gives_the_same(
+    seed, name, counting, procedure, batch, stop_at_looks
+):
     rng = np.random.default_rng(seed)
     losses = (rng.random((N, 1)) < np.linspace(0, 0.25, LEVELS)).astype(np.float32)
     if name == "convex":
@@ -74,7 +78,7 @@ def test_without_futility_the_full_matrix_gives_the_same(seed, name, counting, p
     }[counting]
     plan = looks.LookPlan(SIZES, SHARES, delta=0.1, futility=0.0)
     test = SequentialTest(plan, LEVELS, [RiskTarget(0.2, name)], procedure=procedure)
-    result = run(test, [losses], [counted], batch)
+    result = run(test, [losses], [counted], batch, stop_at_looks)
     scale = 1 if procedure == "fixed_sequence" else LEVELS
     expected = passes(name, losses.astype(float), counted, 0.2, np.array(SHARES) / scale)
     if procedure == "fixed_sequence":
@@ -225,8 +229,10 @@ def test_family_wise_error_under_looks_is_at_most_delta(case, procedure):
 def test_misuse_is_refused():
     plan = looks.LookPlan((50, 100), (0.05, 0.05), delta=0.1)
     test = SequentialTest(plan, 2, [RiskTarget(0.1)])
+    with pytest.raises(ValueError, match="last look is at 100"):
+        test.update([np.zeros((101, 2))])
     with pytest.raises(ValueError, match="next look is at 50"):
-        test.update([np.zeros((51, 2))])
+        test.update_sums(51, np.zeros((1, 2)))
     with pytest.raises(ValueError, match="per active level"):
         test.update([np.zeros((50, 3))])
     with pytest.raises(ValueError, match="as many losses"):

@@ -66,6 +66,12 @@ def boundary_losses(rng, shape, mean, binary):
     return np.where(rng.random(shape) < 0.5, rng.beta(4 * mean, 4 - 4 * mean, shape), mean)
 
 
+def observe(tracker, losses, levels, counted):
+    """Losses of one part, a column for each of `levels`."""
+    [part] = tracker.split(losses, counted, np.zeros(1, dtype=np.int64))
+    tracker.observe(part, np.arange(len(levels)), levels)
+
+
 def everything(rng, losses):
     return losses, np.ones(losses.shape, dtype=bool)
 
@@ -94,7 +100,7 @@ def test_pvalues_are_super_uniform_over_all_looks(name, counting):
     for look, (first, last) in enumerate(zip([0, *sizes], sizes, strict=False)):
         losses = boundary_losses(rng, (last - first, repetitions), alpha, name == "binomial")
         losses, counted = counting(rng, losses)
-        tracker.observe(losses, levels, counted)
+        observe(tracker, losses, levels, counted)
         waiting = levels[tracker.pvalues > 0.1]
         tracker.look(look, waiting)
     for level in (0.01, 0.05, 0.1, 0.4):
@@ -115,7 +121,7 @@ def test_futility_gives_up_few_levels_that_would_have_been_rejected(name):
     given_up = np.zeros(repetitions, dtype=bool)
     for look in range(4):
         losses = (rng.random((n // 4, repetitions)) < risk).astype(float)
-        tracker.observe(losses, levels, np.ones(losses.shape, dtype=bool))
+        observe(tracker, losses, levels, np.ones(losses.shape, dtype=bool))
         tracker.look(look, levels)
         if look < 3:
             hope = tracker.hope(levels, n // 4 * (look + 1), 0.1)
@@ -147,4 +153,4 @@ def test_unsuitable_pvalues_and_losses_are_refused():
         spending.make_tracker("clt", 0.1, 1, 100, np.array([0.1]))
     tracker = spending.make_tracker("binomial", 0.1, 1, 100, np.array([0.1]))
     with pytest.raises(ValueError, match="0 or 1"):
-        tracker.observe(np.full((5, 1), 0.5), np.arange(1), np.ones((5, 1), dtype=bool))
+        observe(tracker, np.full((5, 1), 0.5), np.arange(1), np.ones((5, 1), dtype=bool))
