@@ -26,7 +26,7 @@
 namespace confprune {
 
 const InstructionSet& avx2_set() {
-  static const InstructionSet set{"avx2", tile_lanes, run_task, run_mlp, nullptr};
+  static const InstructionSet set{"avx2", tile_lanes, run_task, run_mlp, run_attention, nullptr};
   return set;
 }
 
