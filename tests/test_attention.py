@@ -19,6 +19,7 @@ SHAPES = [  # examples, heads, queries, keys, width
     (3, 2, 20, 20, 32),
     (1, 2, 17, 64, 33),
     (2, 1, 33, 16, 48),
+    (1, 1, 3, 0, 5),
 ]
 
 
@@ -41,7 +42,7 @@ def reference(
         scores = scores + mask.double()
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
-    return scores.softmax(-1).nan_to_num() @ v.double()
+    return scores.softmax(-1).nan_to_num() @ v.double()  # all masked: 0
 
 
 class TestShortAttention:
@@ -148,7 +149,8 @@ def test_what_it_cannot_take_is_refused(changed, error, message):
         {"attn_mask": torch.randn(9, 9) > 0},
         {"attn_mask": torch.randn(2, 1, 1, 9)},
         {"tokens": 0},
-        {"tokens": 65},
+        {"tokens": 128},
+        {"tokens": 129},
         {"dtype": torch.float64},
         {"dtype": torch.float64, "attn_mask": torch.randn(9, 9, dtype=torch.float64)},
         {"keys": 2, "enable_gqa": True},

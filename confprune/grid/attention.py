@@ -1,8 +1,9 @@
-"""Attention under vmap: torch's fast kernel kept, and its layers opened.
+"""Attention under vmap: fast kernels kept, and its layers opened.
 
 Torch has no batching rule for scaled dot-product attention and would run the levels one by one;
-here they join the batch. ``nn.MultiheadAttention`` is one opaque function; here it is its parts, so
-that its projections can be pruned like any linear layer.
+here they join the batch, and where sequences are short, a kernel of our own is faster.
+``nn.MultiheadAttention`` is one opaque function; here it is its parts, so that its projections can
+be pruned like any linear layer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 
-_SHORT = 64  # tokens; torch's kernel is made for more
+_SHORT = 128  # tokens; torch's kernel is made for more
 _MASKS = (torch.bool, torch.float32)
 
 

@@ -6,7 +6,7 @@
 // all of them masked, gets 0, as in torch.
 //
 // Operations: 4 · queries · keys · width a head. General kernels call a matrix product for each
-// head, which takes longer than these few; here a head stays in the first-level cache.
+// head, which takes longer than these few; here a head stays in the nearest caches.
 #pragma once
 
 #include <cstdint>
