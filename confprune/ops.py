@@ -14,6 +14,7 @@ Importing this module loads the extension and registers ``torch.ops.confprune.*`
 ``grid_linear``          ``F.linear`` with the masked weight, at many levels
 ``grid_mlp``             several such layers, one after the other, from one input
 ``grid_conv``            ``F.conv1d/2d/3d`` with the masked weight, at many levels
+``short_attention``      attention over a few tokens; on the CPU
 
 The two grid operators take ``x [1 or K, N, ...]`` (one input for all levels, or one a level) and
 ``level [K]``, and return ``[K, N, ...]``; by output they multiply with `scale`, add `bias`, and end
@@ -261,6 +262,14 @@ def _(
     if x.is_cuda:
         return x.new_empty(level.shape[0], x.shape[1], outputs, *positions)
     return x.new_empty(level.shape[0], outputs, *positions, x.shape[1]).movedim(-1, 1)
+
+
+@torch.library.register_fake("confprune::short_attention")  # type: ignore[untyped-decorator]
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    examples, heads, queries, width = query.shape
+    return query.new_empty(examples, queries, heads, width).transpose(1, 2)
 
 
 def _grid_rule(operator: Any, level_at: int, residual_at: int | None = None) -> Any:

@@ -3,11 +3,15 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -20,7 +24,8 @@ using at::Tensor;
 
 constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more than they save
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
-constexpr int64_t kBlock = 1 << 18;  // elements handed out at a time: starting one costs little
+constexpr int64_t kBlock = 1 << 18;      // elements handed out at a time: starting one costs little
+constexpr int64_t kElementsPerCut = 64;  // of a block, which has a counter for each cut
 
 Source source_of(const Tensor& tensor, const char* argument) {
   TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),
@@ -41,23 +46,16 @@ int64_t threads_for(int64_t size) {
   return size < kSerial ? 1 : at::get_num_threads();
 }
 
-// Calls body(part, begin, end) on disjoint ranges that cover [0, size), at most one for each
-// thread.
-template <class Body>
-void parts(int64_t size, Body body) {
-  const int64_t threads = threads_for(size);
-  const int64_t step = (size + threads - 1) / threads;
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part)
-      body(part, std::min(size, part * step), std::min(size, (part + 1) * step));
-  });
+// Elements of a block of so many that all threads share.
+int64_t block_of(int64_t size) {
+  return std::clamp(size / (8 * threads_for(size)), kSerial / 8, kBlock);
 }
 
 // Calls body(blocks) once for each thread; together they take all blocks of [begin, end).
 template <class Body>
-void share(int64_t begin, int64_t end, Body body) {
+void share(int64_t begin, int64_t end, int64_t block, Body body) {
   const int64_t threads = threads_for(end - begin);
-  Blocks blocks(begin, end, std::clamp((end - begin) / (8 * threads), kSerial / 8, kBlock));
+  Blocks blocks(begin, end, block);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       body(blocks);
@@ -86,7 +84,7 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
   }
   std::mutex adding;
   for (int64_t at = 0; at < size; at += kFlush)
-    share(at, std::min(size, at + kFlush), [&](Blocks& blocks) {
+    share(at, std::min(size, at + kFlush), block_of(size), [&](Blocks& blocks) {
       const std::unique_ptr<uint32_t[]> own(new uint32_t[cells]());
       histogram(source, blocks, digit, own.get());
       const std::lock_guard<std::mutex> lock(adding);
@@ -109,7 +107,7 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
   int64_t* total = below.data_ptr<int64_t>();
   std::vector<int64_t> found;
   std::mutex adding;
-  share(0, scores.numel(), [&](Blocks& blocks) {
+  share(0, scores.numel(), block_of(scores.numel()), [&](Blocks& blocks) {
     std::vector<int64_t> under(size, 0), own;
     collect(source, blocks, brackets, under.data(), &own);
     const std::lock_guard<std::mutex> lock(adding);
@@ -147,46 +145,53 @@ CutTable cut_table(at::TensorList scores, at::ScalarType key, const Tensor& thre
   return CutTable(std::move(cuts));
 }
 
-// The prune levels of one tensor; `rank` of each cut is advanced.
-Tensor levels_of(const Tensor& scores, const CutTable& table, int64_t num_levels, int64_t* rank) {
+// Asks for the memory of a large new tensor in large pages: the first write to each of the small
+// ones costs more than everything that is written to it.
+void ask_for_large_pages(const Tensor& fresh) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + fresh.nbytes()) / kPage * kPage;
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+}
+
+// Writes the prune levels of `size` elements; the ranks are advanced.
+template <class Level>
+void assign(const Source& source, int64_t size, const CutTable& table, int64_t* ranks,
+            Level* levels) {
+  if (threads_for(size) == 1)
+    return table.assign(source, 0, size, ranks, levels);
+  // Ties are broken by position, so they wait until it is known how many stand before each block.
   const int64_t cuts_size = int64_t(table.cuts().values.size());
+  const int64_t block = std::max(block_of(size), kElementsPerCut * cuts_size);
+  std::vector<Ties> ties((size + block - 1) / block);
+  share(0, size, block, [&](Blocks& blocks) {
+    for (int64_t begin, end; blocks.take(&begin, &end);)
+      table.assign_untied(source, begin, end, &ties[begin / block], levels);
+  });
+  if (!table.any_straddled())
+    return;
+  for (Ties& own : ties)
+    for (int64_t cut = 0; cut < cuts_size; ++cut)
+      ranks[cut] += std::exchange(own.equal[cut], ranks[cut]);
+  share(0, size, block, [&](Blocks& blocks) {
+    for (int64_t begin, end; blocks.take(&begin, &end);)
+      table.assign_tied(source, begin, end, &ties[begin / block], levels);
+  });
+}
+
+// The prune levels of one tensor; the ranks are advanced.
+Tensor levels_of(const Tensor& scores, const CutTable& table, int64_t num_levels, int64_t* ranks) {
   const Source source = source_of(scores, "scores");
   Tensor levels = at::empty(scores.sizes(), scores.options().dtype(level_type(num_levels)));
-  const int64_t size = scores.numel();
-  const int64_t threads = threads_for(size);
-  std::vector<int64_t> equal((threads + 1) * cuts_size, 0);
-  std::copy(rank, rank + cuts_size, equal.begin());
-  if (table.any_straddled()) {
-    // Ties are broken by position, so each part must know how many stand before it: all threads
-    // count together in the parts that have one behind them.
-    const int64_t step = (size + threads - 1) / threads;
-    std::mutex adding;
-    if (threads > 1)
-      parts(std::min(size, step * (threads - 1)), [&](int64_t, int64_t begin, int64_t end) {
-        std::vector<int64_t> own(cuts_size);
-        for (int64_t at = begin; at < end;) {
-          const int64_t part = at / step, stop = std::min(end, (part + 1) * step);
-          std::fill(own.begin(), own.end(), 0);
-          table.count_equal(source, at, stop, own.data());
-          const std::lock_guard<std::mutex> lock(adding);
-          for (int64_t cut = 0; cut < cuts_size; ++cut)
-            equal[(part + 1) * cuts_size + cut] += own[cut];
-          at = stop;
-        }
-      });
-    for (int64_t part = 1; part <= threads; ++part)
-      for (int64_t cut = 0; cut < cuts_size; ++cut)
-        equal[part * cuts_size + cut] += equal[(part - 1) * cuts_size + cut];
-  }
-  parts(size, [&](int64_t part, int64_t begin, int64_t end) {
-    int64_t* own = equal.data() + part * cuts_size;
-    if (levels.scalar_type() == at::kByte)
-      table.assign(source, begin, end, own, levels.data_ptr<uint8_t>());
-    else
-      table.assign(source, begin, end, own, levels.data_ptr<int16_t>());
-  });
-  if (table.any_straddled())
-    std::copy_n(equal.begin() + (threads - 1) * cuts_size, cuts_size, rank);
+  ask_for_large_pages(levels);
+  if (levels.scalar_type() == at::kByte)
+    assign(source, scores.numel(), table, ranks, levels.data_ptr<uint8_t>());
+  else
+    assign(source, scores.numel(), table, ranks, levels.data_ptr<int16_t>());
   return levels;
 }
 

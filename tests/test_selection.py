@@ -176,6 +176,14 @@ def test_ties_are_broken_by_position_across_tensors_and_threads(dtype, number):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuts_between_equals_that_are_far_apart(dtype, number):
+    scores = {"w": torch.randn(40_001).to(dtype).repeat(2)}
+    with threads(number):
+        check(scores, [1601 * j for j in range(50)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("levels", [1, 2, 254, 255, 256, 1000])
 def test_grids_of_any_size(levels, dtype):

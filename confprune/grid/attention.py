@@ -1,8 +1,9 @@
-"""Attention under vmap: torch's fast kernel kept, and its layers opened.
+"""Attention under vmap: fast kernels kept, and its layers opened.
 
 Torch has no batching rule for scaled dot-product attention and would run the levels one by one;
-here they join the batch. ``nn.MultiheadAttention`` is one opaque function; here it is its parts, so
-that its projections can be pruned like any linear layer.
+here they join the batch, and where sequences are short, a kernel of our own is faster.
+``nn.MultiheadAttention`` is one opaque function; here it is its parts, so that its projections can
+be pruned like any linear layer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
+
+_SHORT = 128  # tokens; torch's kernel is made for more
+_MASKS = (torch.bool, torch.float32)
 
 
 def attention(
@@ -42,6 +48,42 @@ def attention(
     return _Attention.apply(query, key, value, attn_mask, settings)  # type: ignore
 
 
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> Tensor:
+    """Attention over [B, heads, T, D], with the kernel for short sequences where that applies."""
+    if not _is_short(query, key, value, mask, settings):
+        return F.scaled_dot_product_attention(query, key, value, mask, **settings)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf)
+        mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    scale = settings["scale"]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.confprune.short_attention(  # type: ignore[no-any-return]
+        query, key, value, mask, scale, settings["is_causal"]
+    )
+
+
+def _is_short(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> bool:
+    """Whether the sequences are short and the settings usual; what torch refuses it still sees."""
+    tokens = max(query.shape[-2], key.shape[-2])
+    heads = query.shape[:2] + query.shape[3:]
+    return (
+        tokens <= _SHORT
+        and query.numel() > 0
+        and query.device.type == "cpu"
+        and all(t.dtype == torch.float32 for t in (query, key, value))
+        and key.shape == value.shape
+        and heads == key.shape[:2] + key.shape[3:]
+        and (mask is None or (mask.dtype in _MASKS and not settings["is_causal"]))
+        and settings["dropout_p"] == 0
+        and "enable_gqa" not in settings
+    )
+
+
 class _Attention(torch.autograd.Function):
     """Attention over [B, heads, T, D], with the rule that folds a vmapped dimension into B."""
 
@@ -49,7 +91,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
     ) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, mask, **settings)
+        return _attend(query, key, value, mask, settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

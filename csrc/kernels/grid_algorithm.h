@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernels/attention.h"
 #include "kernels/elements.h"
 #include "kernels/grid_tasks.h"
 
@@ -242,6 +243,8 @@ void with_vectors(int64_t vectors, Body body) {
 #include "kernels/grid_tiles.h"
 #include "kernels/grid_transforms.h"
 #include "kernels/grid_winograd.h"
+// Its products load as the transforms do.
+#include "kernels/grid_attention.h"
 
 namespace confprune {
 namespace {

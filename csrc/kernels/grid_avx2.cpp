@@ -13,7 +13,7 @@ CONFPRUNE_BEGIN_TARGET(CONFPRUNE_AVX2)
 namespace confprune {
 
 const InstructionSet& avx2_set() {
-  static const InstructionSet set{"avx2", tile_lanes, run_task, run_mlp, nullptr};
+  static const InstructionSet set{"avx2", tile_lanes, run_task, run_mlp, run_attention, nullptr};
   return set;
 }
 

@@ -13,7 +13,8 @@ CONFPRUNE_BEGIN_TARGET(CONFPRUNE_AVX512)
 namespace confprune {
 
 const InstructionSet& avx512_set() {
-  static const InstructionSet set{"avx512", tile_lanes, run_task, run_mlp, filter_keys_avx512};
+  static const InstructionSet set{"avx512", tile_lanes,    run_task,
+                                  run_mlp,  run_attention, filter_keys_avx512};
   return set;
 }
 

@@ -7,7 +7,8 @@
 namespace confprune {
 
 const InstructionSet& baseline_set() {
-  static const InstructionSet set{"baseline", tile_lanes, run_task, run_mlp, nullptr};
+  static const InstructionSet set{"baseline", tile_lanes,    run_task,
+                                  run_mlp,    run_attention, nullptr};
   return set;
 }
 

@@ -174,6 +174,13 @@ bool adds_residual(const GridProduct& product, int64_t chunk) {
          std::equal(y.position_strides, y.position_strides + kSpatial, residual.position_strides);
 }
 
+// Examples of a part, in whole vectors: as many in each of as many parts for every thread.
+int64_t even_part(int64_t batch, int64_t lanes, int threads) {
+  const int64_t rounds = (batch + lanes * threads - 1) / (lanes * threads);
+  const int64_t even = (batch + rounds * threads - 1) / (rounds * threads);
+  return (even + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+}
+
 }  // namespace
 
 struct GridPlan::Details : GridDetails {};
@@ -184,7 +191,8 @@ GridPlan::GridPlan(const GridProduct& product, int threads) : details_(new Detai
   d.lanes = instruction_set().lanes(product.wide);
   const Convolution& c = product.convolution;
   const bool linear = c.output[0] * c.output[1] * c.output[2] == 1;
-  const int64_t widest = linear ? d.lanes : kConvolutionChunk;
+  const int64_t widest =
+      linear ? std::min(d.lanes, even_part(product.batch, d.lanes, 1)) : kConvolutionChunk;
   d.packed = pack_layout(product, 1);
   const int64_t fit = kPackedElements / std::max<int64_t>(1, c.channels * d.packed.channel_size);
   int64_t chunk = std::min(std::min(widest, product.batch), linear ? widest : fit);
@@ -264,10 +272,8 @@ MlpPlan::MlpPlan(const std::vector<GridProduct>& layers, int threads) : details_
   MlpDetails& d = *details_;
   const GridProduct& first = layers.front();
   const int64_t lanes = instruction_set().lanes(first.wide);
-  // As many parts for every thread, of whole vectors; few vectors make little of the weights read.
-  const int64_t rounds = (first.batch + lanes * threads - 1) / (lanes * threads);
-  const int64_t even = (first.batch + rounds * threads - 1) / (rounds * threads);
-  const int64_t whole = (even + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+  // Few vectors make little of the weights read.
+  const int64_t whole = even_part(first.batch, lanes, threads);
   const int64_t chunk = std::min(lanes, std::max(kLeastLanes, whole));
   d.parts = (first.batch + chunk - 1) / chunk;
   for (const GridProduct& product : layers) {

@@ -7,6 +7,7 @@
 
 namespace confprune {
 
+struct Attention;
 struct GridDetails;
 struct MlpDetails;
 
@@ -16,6 +17,7 @@ struct InstructionSet {
   int64_t (*lanes)(bool wide);
   void (*run)(const GridDetails& details, int64_t task, void* scratch);
   void (*run_mlp)(const MlpDetails& details, int64_t part, void* scratch);
+  void (*attend)(const Attention& attention, int64_t begin, int64_t end, void* scratch);
   KeyFilter filter;  // or null, where a table serves as well
 };
 

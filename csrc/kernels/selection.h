@@ -94,6 +94,18 @@ struct Cuts {
   std::vector<uint8_t> straddled;
 };
 
+// The elements of a block that equal a straddled value: their levels depend on how many equals
+// stand before the block.
+struct Ties {
+  struct Place {
+    int64_t position;
+    int32_t cut;
+  };
+  std::vector<int64_t> equal;  // [values]
+  std::vector<Place> places;   // in order; where they are too many to be kept, some
+  bool complete;               // whether all are in `places`
+};
+
 // A table from the high bits of a key to its prune level, or to the search among the cuts.
 class CutTable {
  public:
@@ -103,9 +115,6 @@ class CutTable {
     return std::find(cuts_.straddled.begin(), cuts_.straddled.end(), 1) != cuts_.straddled.end();
   }
 
-  // Adds the number of elements equal to each straddled value to `equal`, [values].
-  void count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const;
-
   // Writes the prune levels of elements [begin, end) to levels[begin..end). `ranks`, [values],
   // holds how many equals of each straddled value stand before `begin`, and is advanced.
   void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
@@ -113,12 +122,29 @@ class CutTable {
   void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
               int16_t* levels) const;
 
+  // The same in two steps, so that blocks need not wait for those before: first what can be known
+  // without the ranks, and `ties`; then the rest, with ties->equal replaced by the ranks.
+  void assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                     uint8_t* levels) const;
+  void assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                     int16_t* levels) const;
+  void assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                   uint8_t* levels) const;
+  void assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                   int16_t* levels) const;
+
  private:
   template <class T, class K, class Level, class Special>
   void scan(const Source& source, int64_t begin, int64_t end, Level* levels, Special special) const;
   template <class Level>
   void assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                   Level* levels) const;
+  template <class Level>
+  void assign_untied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                         Level* levels) const;
+  template <class Level>
+  void assign_tied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                       Level* levels) const;
 
   Cuts cuts_;
   std::vector<int16_t> level_;      // by bin, or -1 where a cut divides the bin's keys

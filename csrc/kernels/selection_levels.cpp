@@ -8,7 +8,8 @@
 namespace confprune {
 namespace {
 
-constexpr int16_t kMixed = -1;  // in place of a level: not all keys of the bin have the same
+constexpr int16_t kMixed = -1;        // in place of a level: not all keys of the bin have the same
+constexpr int64_t kLeastPerTie = 32;  // elements of a block for each tie whose place is kept
 
 // Of eight levels the mixed ones, the first in bit 0. In a byte that is 255, which may be a level
 // too: then it is looked up once more.
@@ -56,6 +57,39 @@ int64_t find_mixed(const Level* levels, int64_t count, int16_t* found) {
   return size;
 }
 
+// The levels of those equal to each value, which come in position order: so each straddled value
+// walks through its levels once. Advances `ranks`, which hold how many have come.
+class Walks {
+ public:
+  Walks(const Cuts& cuts, int64_t* ranks) : cuts_(cuts), ranks_(ranks), walks_(cuts.values.size()) {
+    for (size_t cut = 0; cut < walks_.size(); ++cut)
+      walks_[cut] = {0, cuts.first_level[cut]};
+  }
+
+  int32_t next_level(size_t cut) {
+    Walk& walk = walks_[cut];
+    if (!cuts_.straddled[cut])
+      return walk.level;
+    const int32_t last = cuts_.first_level[cut + 1];
+    while (ranks_[cut] >= walk.until) {
+      while (walk.level < last && cuts_.ties[walk.level] <= ranks_[cut])
+        ++walk.level;
+      walk.until = walk.level < last ? cuts_.ties[walk.level] : INT64_MAX;
+    }
+    ++ranks_[cut];
+    return walk.level;
+  }
+
+ private:
+  struct Walk {
+    int64_t until;
+    int32_t level;
+  };
+  const Cuts& cuts_;
+  int64_t* const ranks_;
+  std::vector<Walk> walks_;
+};
+
 }  // namespace
 
 CutTable::CutTable(Cuts cuts) : cuts_(std::move(cuts)) {
@@ -75,32 +109,6 @@ CutTable::CutTable(Cuts cuts) : cuts_(std::move(cuts)) {
   }
   level_.resize(bins, int16_t(cuts_.first_level.back()));
   first_cut_.resize(bins, int16_t(cuts_.values.size()));
-}
-
-void CutTable::count_equal(const Source& source, int64_t begin, int64_t end, int64_t* equal) const {
-  const int bits = key_bits(cuts_.key);
-  if (bits <= kTableBits) {  // as quickly counted as searched
-    std::vector<int64_t> counts(size_t(1) << bits, 0);
-    Blocks all(begin, end, end - begin);
-    histogram(source, all, {cuts_.key, 0, bits, {}}, counts.data());
-    for (size_t cut = 0; cut < cuts_.values.size(); ++cut)
-      equal[cut] += cuts_.straddled[cut] ? counts[cuts_.values[cut]] : 0;
-    return;
-  }
-  std::vector<uint64_t> values;
-  std::vector<int64_t*> counts;
-  for (size_t cut = 0; cut < cuts_.values.size(); ++cut)
-    if (cuts_.straddled[cut]) {
-      values.push_back(cuts_.values[cut]);
-      counts.push_back(equal + cut);
-    }
-  const PrefixIndex index(values, cuts_.key, 0);
-  dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
-    for_filtered<decltype(element), Key<key_tag()>>(
-        source, begin, end, index, [&](const auto* keys, int64_t n) {
-          index.for_known(keys, n, [&](auto, int32_t row) { ++*counts[row]; });
-        });
-  });
 }
 
 // Writes to levels[position] what the table tells of each element, then calls
@@ -147,35 +155,54 @@ void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* lev
 template <class Level>
 void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                           Level* levels) const {
-  // Equals come in position order, so each straddled value walks through its levels once.
-  struct Walk {
-    int64_t rank, until;
-    int32_t level;
-  };
-  std::vector<Walk> walks(cuts_.values.size());
-  for (size_t cut = 0; cut < walks.size(); ++cut)
-    walks[cut] = {ranks[cut], 0, cuts_.first_level[cut]};
-  const auto next_level = [&](size_t cut) {
-    Walk& walk = walks[cut];
-    if (!cuts_.straddled[cut])
-      return walk.level;
-    const int32_t last = cuts_.first_level[cut + 1];
-    while (walk.rank >= walk.until) {
-      while (walk.level < last && cuts_.ties[walk.level] <= walk.rank)
-        ++walk.level;
-      walk.until = walk.level < last ? cuts_.ties[walk.level] : INT64_MAX;
-    }
-    ++walk.rank;
-    return walk.level;
-  };
+  Walks walks(cuts_, ranks);
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
     scan<decltype(element), Key<key_tag()>>(
         source, begin, end, levels, [&](int64_t at, size_t cut, bool is_equal) {
-          levels[at] = Level(is_equal ? next_level(cut) : cuts_.first_level[cut]);
+          levels[at] = Level(is_equal ? walks.next_level(cut) : cuts_.first_level[cut]);
         });
   });
-  for (size_t cut = 0; cut < walks.size(); ++cut)
-    ranks[cut] = walks[cut].rank;
+}
+
+template <class Level>
+void CutTable::assign_untied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                                 Level* levels) const {
+  ties->equal.assign(cuts_.values.size(), 0);
+  ties->complete = false;
+  const int bits = key_bits(cuts_.key);
+  if (bits <= kTableBits && any_straddled()) {  // most elements may be ties
+    std::vector<int64_t> counts(size_t(1) << bits, 0);
+    Blocks all(begin, end, end - begin);
+    histogram(source, all, {cuts_.key, 0, bits, {}}, counts.data());
+    for (size_t cut = 0; cut < cuts_.values.size(); ++cut)
+      ties->equal[cut] = cuts_.straddled[cut] ? counts[cuts_.values[cut]] : 0;
+    return;
+  }
+  const size_t room = size_t((end - begin) / kLeastPerTie);
+  ties->complete = true;
+  dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
+    scan<decltype(element), Key<key_tag()>>(source, begin, end, levels,
+                                            [&](int64_t at, size_t cut, bool is_equal) {
+                                              if (!is_equal || !cuts_.straddled[cut]) {
+                                                levels[at] = Level(cuts_.first_level[cut]);
+                                                return;
+                                              }
+                                              ++ties->equal[cut];
+                                              ties->complete = ties->places.size() < room;
+                                              if (ties->complete)
+                                                ties->places.push_back({at, int32_t(cut)});
+                                            });
+  });
+}
+
+template <class Level>
+void CutTable::assign_tied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                               Level* levels) const {
+  if (!ties->complete)
+    return assign_any(source, begin, end, ties->equal.data(), levels);
+  Walks walks(cuts_, ties->equal.data());
+  for (const auto [position, cut] : ties->places)
+    levels[position] = Level(walks.next_level(size_t(cut)));
 }
 
 void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
@@ -186,6 +213,26 @@ void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t*
 void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
                       int16_t* levels) const {
   assign_any(source, begin, end, ranks, levels);
+}
+
+void CutTable::assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                             uint8_t* levels) const {
+  assign_untied_any(source, begin, end, ties, levels);
+}
+
+void CutTable::assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                             int16_t* levels) const {
+  assign_untied_any(source, begin, end, ties, levels);
+}
+
+void CutTable::assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                           uint8_t* levels) const {
+  assign_tied_any(source, begin, end, ties, levels);
+}
+
+void CutTable::assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                           int16_t* levels) const {
+  assign_tied_any(source, begin, end, ties, levels);
 }
 
 }  // namespace confprune
