@@ -28,9 +28,10 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace confprune
 
 TORCH_LIBRARY_IMPL(confprune, CUDA, m) {
-  for (const char* name : {"magnitude_histogram", "magnitude_collect", "magnitude_select",
-                           "assign_levels", "cut_weights", "masked_weights", "masked_linear",
-                           "prefix_rows", "grid_linear", "grid_mlp", "grid_conv", "sparse_pack",
-                           "sparse_check", "sparse_unpack", "sparse_linear", "sparse_conv"})
+  for (const char* name :
+       {"magnitude_histogram", "magnitude_collect", "magnitude_select", "assign_levels",
+        "cut_weights", "masked_weights", "masked_linear", "prefix_rows", "grid_linear", "grid_mlp",
+        "grid_conv", "sparse_pack", "sparse_check", "sparse_unpack", "sparse_linear", "sparse_conv",
+        "short_attention"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&confprune::refuse>());
 }

@@ -381,6 +381,8 @@ def registered_calls():
     sizes = [geometry[name] for name in ("stride", "padding", "dilation")]
     image = integers(2, 4, 5, 6)
     yield "sparse_conv", (image, *packed, bias, 21, [3, 3], *sizes, 1, NEVER)
+    heads = [torch.randn(2, 3, tokens, 8) for tokens in (5, 7, 7)]
+    yield "short_attention", (*heads, torch.randn(2, 3, 5, 7), 0.3, False)
 
 
 CALLS = list(registered_calls())

@@ -251,6 +251,12 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& levels
   return y;
 }
 
+// Torch's own has what is needed there.
+Tensor short_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                       const std::optional<Tensor>& mask, double scale, bool causal) {
+  return at::scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale);
+}
+
 }  // namespace
 }  // namespace confprune
 
@@ -261,4 +267,5 @@ TORCH_LIBRARY_IMPL(confprune, CUDA, m) {
   m.impl("assign_levels", confprune::assign_levels);
   m.impl("masked_weights", confprune::masked_weights);
   m.impl("masked_linear", confprune::masked_linear);
+  m.impl("short_attention", confprune::short_attention);
 }

@@ -22,7 +22,8 @@ inline Lanes<float>::Vector exponential(Lanes<float>::Vector x) {
   p = p * r * r + r + 1.0f;
   const V power =
       reinterpret_cast<V>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23));
-  return x < -87.0f ? V{} : power;
+  const V nothing = x < -87.0f ? V{} : x;
+  return x >= -87.0f ? power : nothing;
 }
 
 // The lanes of a vector made one, by halves.
