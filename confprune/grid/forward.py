@@ -8,21 +8,20 @@ same numbers are made level by level.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from confprune.batches import batch_length, copy_batch, slice_batch
-from confprune.calling import Forward, call, reference_of
+from confprune.batches import batch_length, slice_batch
+from confprune.calling import Forward, reference_of
 from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.mode import GridMode
+from confprune.grid.network import Network
 from confprune.grid.probe import Footprint, Probe
 from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
@@ -82,7 +81,7 @@ class GridForward:
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
-        self._network = _Network(model, forward)
+        self._network = Network(model, forward)
         self._budget = activation_bytes or _default_budget(self._network.device)
         # What others wrote may keep things between its calls.
         pure = forward is None and all(loss.vmappable for loss in losses)
@@ -158,7 +157,7 @@ class GridForward:
         shape = len(self.losses), size, len(active)
         result = torch.zeros(shape, dtype=torch.float32, device=self._network.device)
 
-        def run(network: _Network, chunk: tuple[int, int]) -> int:
+        def run(network: Network, chunk: tuple[int, int]) -> int:
             begin, end = chunk
             part = slice_batch(batch, begin, end)
             result[:, begin:end] = self._chunk_losses(network, part, active)
@@ -173,7 +172,7 @@ class GridForward:
                 done(count)
         return result
 
-    def _chunk_losses(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
+    def _chunk_losses(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
         full = network(batch)
         size, first, values = batch_length(batch), 0, []
@@ -186,7 +185,7 @@ class GridForward:
         return torch.cat(values, dim=-1)
 
     def _grid_losses(
-        self, network: _Network, batch: Any, active: Sequence[int], reference: Reference
+        self, network: Network, batch: Any, active: Sequence[int], reference: Reference
     ) -> Tensor:
         """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
         if self.fallback is None:
@@ -222,7 +221,7 @@ class GridForward:
             values.append(of_levels.T.to(torch.float32))
         return torch.stack(values)
 
-    def _grid_outputs(self, network: _Network, batch: Any, active: Sequence[int]) -> Tensor:
+    def _grid_outputs(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The outputs at several levels at once, [levels, B, ...]."""
         met: set[str] = set()
 
@@ -244,7 +243,7 @@ class GridForward:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
         return outputs
 
-    def _masked_outputs(self, network: _Network, batch: Any, j: int) -> Tensor:
+    def _masked_outputs(self, network: Network, batch: Any, j: int) -> Tensor:
         """The outputs of the plain network with the masked weights of level `j`, [B, ...]."""
         masked = {layer.name: layer.masked(j) for layer in self._layers.values()}
         return network.with_weights(masked, batch)
@@ -354,50 +353,6 @@ class GridForward:
 
 class _NotSeen(RuntimeError):
     """A prunable weight was used where no torch function saw it."""
-
-
-class _Network(nn.Module):
-    """A model with its way of being called, as one module of the batch."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-        self.device = next(model.parameters()).device
-
-    def forward(self, batch: Any) -> Tensor:
-        # A copy, because some models work on their inputs in place, and this batch is used again.
-        return call(self.model, copy_batch(batch), self._forward)
-
-    def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
-        """The outputs with some parameters replaced, tied ones everywhere."""
-        named = {f"model.{name}": weight for name, weight in weights.items()}
-        return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module's own training flag restored in the end.
-
-    What is compiled of it runs as it was written: the grid sees every function, and no batch of
-    another size is compiled for.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with _eagerly():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _eagerly() -> AbstractContextManager[object]:
-    """Without the compiler of torch, which takes its time to import where nobody uses it."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return eager
 
 
 def _check_outputs(outputs: Tensor, size: int) -> None:
