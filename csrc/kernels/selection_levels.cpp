@@ -8,8 +8,8 @@
 namespace confprune {
 namespace {
 
-constexpr int16_t kMixed = -1;        // in place of a level: not all keys of the bin have the same
-constexpr int64_t kLeastPerTie = 32;  // elements of a block for each tie whose place is kept
+constexpr int16_t kMixed = -1;         // in place of a level: not all keys of the bin have the same
+constexpr int64_t kLeastPerTie = 256;  // elements of a block for each tie whose place is kept
 
 // Of eight levels the mixed ones, the first in bit 0. In a byte that is 255, which may be a level
 // too: then it is looked up once more.
