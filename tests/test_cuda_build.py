@@ -96,7 +96,8 @@ def some(argument_type: str) -> object:
     """An argument of a type that a schema names."""
     if argument_type.startswith("List["):
         return [some(argument_type[len("List[") : -1])]
-    values = {"Tensor": torch.zeros(1), "int": 1, "bool": True, "Optional[Tensor]": None}
+    plain = {"int": 1, "float": 1.0, "bool": True}
+    values = plain | {"Tensor": torch.zeros(1), "Optional[Tensor]": None}
     return values[argument_type]
 
 
