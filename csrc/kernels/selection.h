@@ -115,36 +115,25 @@ class CutTable {
     return std::find(cuts_.straddled.begin(), cuts_.straddled.end(), 1) != cuts_.straddled.end();
   }
 
-  // Writes the prune levels of elements [begin, end) to levels[begin..end). `ranks`, [values],
-  // holds how many equals of each straddled value stand before `begin`, and is advanced.
+  // Writes the prune levels of elements [begin, end) to levels[begin..end), uint8_t or int16_t.
+  // `ranks`, [values], holds how many equals of each straddled value stand before `begin`, and is
+  // advanced.
+  template <class Level>
   void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-              uint8_t* levels) const;
-  void assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-              int16_t* levels) const;
+              Level* levels) const;
 
   // The same in two steps, so that blocks need not wait for those before: first what can be known
   // without the ranks, and `ties`; then the rest, with ties->equal replaced by the ranks.
+  template <class Level>
   void assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                     uint8_t* levels) const;
-  void assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                     int16_t* levels) const;
+                     Level* levels) const;
+  template <class Level>
   void assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                   uint8_t* levels) const;
-  void assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                   int16_t* levels) const;
+                   Level* levels) const;
 
  private:
   template <class T, class K, class Level, class Special>
   void scan(const Source& source, int64_t begin, int64_t end, Level* levels, Special special) const;
-  template <class Level>
-  void assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-                  Level* levels) const;
-  template <class Level>
-  void assign_untied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                         Level* levels) const;
-  template <class Level>
-  void assign_tied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                       Level* levels) const;
 
   Cuts cuts_;
   std::vector<int16_t> level_;      // by bin, or -1 where a cut divides the bin's keys

@@ -153,8 +153,8 @@ void CutTable::scan(const Source& source, int64_t begin, int64_t end, Level* lev
 }
 
 template <class Level>
-void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-                          Level* levels) const {
+void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
+                      Level* levels) const {
   Walks walks(cuts_, ranks);
   dispatch(source.element, cuts_.key, [&](auto element, auto key_tag) {
     scan<decltype(element), Key<key_tag()>>(
@@ -165,8 +165,8 @@ void CutTable::assign_any(const Source& source, int64_t begin, int64_t end, int6
 }
 
 template <class Level>
-void CutTable::assign_untied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                                 Level* levels) const {
+void CutTable::assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                             Level* levels) const {
   ties->equal.assign(cuts_.values.size(), 0);
   ties->complete = false;
   const int bits = key_bits(cuts_.key);
@@ -196,43 +196,20 @@ void CutTable::assign_untied_any(const Source& source, int64_t begin, int64_t en
 }
 
 template <class Level>
-void CutTable::assign_tied_any(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                               Level* levels) const {
+void CutTable::assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
+                           Level* levels) const {
   if (!ties->complete)
-    return assign_any(source, begin, end, ties->equal.data(), levels);
+    return assign(source, begin, end, ties->equal.data(), levels);
   Walks walks(cuts_, ties->equal.data());
   for (const auto [position, cut] : ties->places)
     levels[position] = Level(walks.next_level(size_t(cut)));
 }
 
-void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-                      uint8_t* levels) const {
-  assign_any(source, begin, end, ranks, levels);
-}
-
-void CutTable::assign(const Source& source, int64_t begin, int64_t end, int64_t* ranks,
-                      int16_t* levels) const {
-  assign_any(source, begin, end, ranks, levels);
-}
-
-void CutTable::assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                             uint8_t* levels) const {
-  assign_untied_any(source, begin, end, ties, levels);
-}
-
-void CutTable::assign_untied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                             int16_t* levels) const {
-  assign_untied_any(source, begin, end, ties, levels);
-}
-
-void CutTable::assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                           uint8_t* levels) const {
-  assign_tied_any(source, begin, end, ties, levels);
-}
-
-void CutTable::assign_tied(const Source& source, int64_t begin, int64_t end, Ties* ties,
-                           int16_t* levels) const {
-  assign_tied_any(source, begin, end, ties, levels);
-}
+template void CutTable::assign(const Source&, int64_t, int64_t, int64_t*, uint8_t*) const;
+template void CutTable::assign(const Source&, int64_t, int64_t, int64_t*, int16_t*) const;
+template void CutTable::assign_untied(const Source&, int64_t, int64_t, Ties*, uint8_t*) const;
+template void CutTable::assign_untied(const Source&, int64_t, int64_t, Ties*, int16_t*) const;
+template void CutTable::assign_tied(const Source&, int64_t, int64_t, Ties*, uint8_t*) const;
+template void CutTable::assign_tied(const Source&, int64_t, int64_t, Ties*, int16_t*) const;
 
 }  // namespace confprune
