@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from level_by_level import DISTANCE, GRID, Functions, grid_losses, slow_losses
-from machine import check_on, threads
+from machine import INSTRUCTION_SETS, check_on, threads
 from torch import Tensor, nn
 
-from confprune import ops, prune_levels
+from confprune import prune_levels
 from confprune.grid import GridForward
 
 grid_mlp = torch.ops.confprune.grid_mlp
@@ -147,10 +147,8 @@ class TestOperator:
         assert layers.together(torch.zeros(1, 3, 12), none).shape == (0, 3, 4)
 
 
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS[:-1])
 def test_all_instruction_sets(instruction_set):
-    if instruction_set == "avx2" and ops.instruction_set() == "baseline":
-        pytest.skip("this machine has no AVX2")
     check_on(instruction_set, f"{__file__}::TestOperator")
 
 
