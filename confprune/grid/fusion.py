@@ -24,10 +24,9 @@ MOST_SHARED = 32767
 CONVOLUTIONS: set[Any] = {torch.conv1d, torch.conv2d, torch.conv3d}
 LAYER_CALLS: set[Any] = {F.linear, torch.addmm} | CONVOLUTIONS
 ADDITIONS: set[Any] = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
-IN_PLACE: set[Any] = {Tensor.add_, Tensor.__iadd__}
 _DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 _RELUS: set[Any] = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-_SAME = IN_PLACE | _DROPOUTS | {torch.relu_, Tensor.relu_}
+_SAME = _DROPOUTS | {Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_}
 
 
 class Affine(NamedTuple):

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_iter
 from confprune.grid.fusion import (
     ADDITIONS,
     CONVOLUTIONS,
-    IN_PLACE,
     LAYER_CALLS,
     MOST_SHARED,
     Fusion,
     Residual,
+    is_in_place,
 )
 from confprune.grid.levels_at_once import version
 
@@ -124,7 +124,7 @@ class Watcher:
                 return link
             if func in ADDITIONS and len(args) == 2 and not kwargs:
                 residual = self._residual(link, args[1 - at])
-                in_place = func in IN_PLACE and at == 1
+                in_place = at == 1 and is_in_place(func, kwargs)
                 if residual is not None and not in_place and link.fusion.added(func, residual):
                     return link
         return None
