@@ -220,8 +220,9 @@ class Evaluation:
         return replace(evidence, losses=self.ranks.sum(evidence.losses), accepted=accepted)
 
     def _check_values(self, measured: Measured) -> None:
-        """Raise ValueError for the first loss that is NaN or outside [0, 1]."""
-        for loss, values in zip(self.losses, measured.values, strict=False):
+        """Raise ValueError for the first loss, or acceptance, that is NaN or outside [0, 1]."""
+        measures = self.losses if self._accept is None else (*self.losses, self._accept)
+        for loss, values in zip(measures, measured.values, strict=True):
             least, most = values.aminmax()  # lets NaN through
             inside = bool((least >= -_ROUNDING) & (most <= 1 + _ROUNDING))
             if inside and not (loss.binary and not torch.equal(values, values.round())):
@@ -234,9 +235,10 @@ class Evaluation:
             grid, level = self._candidates[measured.active[column]].tolist()
             position = measured.first + row
             example = position if self._order is None else int(self._order[position])
+            what, every = ("accept", "it") if loss is self._accept else ("loss", "losses")
             raise ValueError(
-                f"loss {loss.name!r} is {value:g} for example {example} at level {level} "
-                f"(sparsity {self._grids[grid].levels.sparsities[level]:g}); losses must be "
+                f"{what} {loss.name!r} is {value:g} for example {example} at level {level} "
+                f"(sparsity {self._grids[grid].levels.sparsities[level]:g}); {every} must be "
                 + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
                 + (
                     ""

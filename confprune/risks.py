@@ -199,12 +199,17 @@ def resolve_accept(accept: Accept) -> Loss:
 
 
 def _check_accepted(values: object, size: int) -> None:
-    """Raise ValueError unless there is a yes or no for each of so many examples."""
+    """Raise ValueError unless there is a yes or no for each of so many examples.
+
+    What lies on another device than the CPU is looked at with the losses, when these are there.
+    """
     asked = f"for {size} examples; it must return true or false for each, a tensor [B]"
     if not isinstance(values, Tensor):
         raise ValueError(f"accept returned a {type(values).__name__} {asked}")
     if values.shape != (size,):
         raise ValueError(f"accept returned shape {list(values.shape)} {asked}")
+    if values.device.type != "cpu":
+        return
     unclear = values[(values != 0) & (values != 1)]
     if len(unclear):
         raise ValueError(f"accept returned {unclear[0].item():g} {asked}: compare with a threshold")

@@ -319,6 +319,12 @@ class TestSelection:
         with pytest.raises(ValueError, match="'full' or 'pruned'"):
             confprune.confident(0.9, of="both")
 
+    @pytest.mark.parametrize("value", [0.25, torch.nan])
+    def test_a_measure_in_place_of_a_rule_gives_0_or_1(self, model, data, value):
+        measure = Loss("half-hearted", lambda y, r: y[:, 0] * 0 + value, binary=True)
+        with pytest.raises(ValueError, match=f"accept 'half-hearted' is {value} for example"):
+            calibrate(model, data, accept=measure)
+
 
 class TestCandidates:
     def test_the_best_of_several_scopes_is_certified_on_data_the_order_never_saw(self, model, data):
