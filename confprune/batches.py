@@ -8,6 +8,7 @@ labels stand under "labels" or "label", as Hugging Face has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,20 @@ _IN_MEMORY_EXAMPLES = 16384
 _IN_MEMORY_BYTES = 64 << 20
 
 
-def batches(data: Any, batch_size: int | None = None, order: Tensor | None = None) -> Iterator[Any]:
+@dataclass(frozen=True)
+class Reordered:
+    """A batch of the examples of `data` at `order` [m], which are gathered as it is sliced."""
+
+    data: Any
+    order: Tensor
+
+
+def batches(
+    data: Any,
+    batch_size: int | None = None,
+    order: Tensor | None = None,
+    gather: Callable[[Any, Tensor], Any] | None = None,
+) -> Iterator[Any]:
     """The batches of `data`, each as the data has it.
 
     Parameters
@@ -33,6 +47,9 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
         For data that is not yet in batches; default 256.
     order : [n] int64, optional
         The order of the examples, for data whose order can be chosen; see `permutable`.
+    gather : callable, optional
+        What makes a batch of tensors and the places of its examples: `take`, the default, or
+        `Reordered`, for who slices batches only.
 
     Raises
     ------
@@ -51,7 +68,7 @@ def batches(data: Any, batch_size: int | None = None, order: Tensor | None = Non
     """
     check_data(data, batch_size)
     found = False
-    for batch in _stream(data, int(batch_size or DEFAULT_BATCH_SIZE), order):
+    for batch in _stream(data, int(batch_size or DEFAULT_BATCH_SIZE), order, gather or take):
         size = batch_length(batch)
         if size:
             found = True
@@ -202,6 +219,8 @@ def ordering_size(n: int) -> int:
 
 def batch_length(batch: Any) -> int:
     """The number of examples in a batch: the common first size of its tensors."""
+    if isinstance(batch, Reordered):
+        return len(batch.order)
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors_of(batch)}
     if len(sizes) != 1 or None in sizes:
         way_out = ""
@@ -220,6 +239,8 @@ def slice_batch(batch: Any, begin: int, end: int) -> Any:
     """Examples [begin, end) of a batch, in its own structure."""
     if isinstance(batch, Tensor):
         return batch[begin:end]
+    if isinstance(batch, Reordered):
+        return take(batch.data, batch.order[begin:end])
     if isinstance(batch, Mapping):
         return {key: slice_batch(value, begin, end) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -236,6 +257,10 @@ def take(batch: Any, index: Tensor) -> Any:
 
 def move_batch(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
+    if isinstance(batch, Reordered):
+        if all(tensor.device == device for tensor in tensors_of(batch.data)):
+            return batch
+        batch = take(batch.data, batch.order)
     return _mapped(batch, lambda tensor: tensor.to(device))
 
 
@@ -255,12 +280,14 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def _stream(data: Any, batch_size: int, order: Tensor | None) -> Iterable[Any]:
+def _stream(
+    data: Any, batch_size: int, order: Tensor | None, gather: Callable[[Any, Tensor], Any]
+) -> Iterable[Any]:
     if _is_whole(data):
         starts = range(0, batch_length(data), batch_size)
         if order is None:
             return (slice_batch(data, begin, begin + batch_size) for begin in starts)
-        return (take(data, order[begin : begin + batch_size]) for begin in starts)
+        return (gather(data, order[begin : begin + batch_size]) for begin in starts)
     if isinstance(data, DataLoader) and order is not None:
         return reordered(data, order)
     if isinstance(data, Dataset):

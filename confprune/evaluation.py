@@ -7,7 +7,7 @@ of an example are its losses at the candidates, its group, and where its predict
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from confprune.batches import (
+    Reordered,
     batch_length,
     batches,
     check_data,
     example_count,
     generous_batch_size,
     move_batch,
+    slice_batch,
 )
 from confprune.distributed import ALONE, Ranks
 from confprune.grid import GridForward, evaluation_mode
@@ -150,7 +152,7 @@ class Evaluation:
         with (
             evaluation_mode(self._model),
             progress_bar(data, order, progress, "calibrate") as self._bar,
-            closing(moved_batches(self._model, data, batch_size, order)) as stream,
+            closing(moved_batches(self._model, data, batch_size, order, Reordered)) as stream,
         ):
             yield stream
 
@@ -166,24 +168,24 @@ class Evaluation:
             so.
         """
         size = batch_length(batch)
-        parts, order = [], []
+        parts = []
         grid_of, level_of = self._candidates[active].T
-        grids = np.unique(grid_of)
-        for g in grids:
-            columns = np.flatnonzero(grid_of == g)
-            columns = columns[np.argsort(level_of[columns])]
-            levels = level_of[columns].tolist()
-            grid = self._grids[g]
-            last = g == grids[-1]
-            done = self._bar.update if last else None
-            parts.append(grid.evaluate(batch, levels, done=done, share=self._share))
-            order.append(columns)
+        order = np.lexsort((level_of, grid_of))  # a grid takes increasing levels
+        stops = np.bincount(grid_of, minlength=len(self._grids)).cumsum().tolist()
+        start = 0
+        for grid, stop in zip(self._grids, stops, strict=True):
+            if start < stop:
+                levels = level_of[order[start:stop]].tolist()
+                done = self._bar.update if stop == len(order) else None
+                parts.append(grid.evaluate(batch, levels, done=done, share=self._share))
+            start = stop
         labels = None
         if self._groups is not None:
-            labels = np.array(group_labels(batch, self._groups), dtype=np.str_)
+            whole = slice_batch(batch, 0, size)
+            labels = np.array(group_labels(whole, self._groups), dtype=np.str_)
         values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        if np.any(np.diff(np.concatenate(order)) < 0):
-            index = torch.from_numpy(np.argsort(np.concatenate(order)))
+        if (order[1:] < order[:-1]).any():
+            index = torch.from_numpy(np.argsort(order))
             values = values[..., index.to(values.device, non_blocking=True)]
         measured = Measured(values, active, self._seen, labels)
         if values.device.type == "cpu":
@@ -223,8 +225,8 @@ class Evaluation:
         """Raise ValueError for the first loss, or acceptance, that is NaN or outside [0, 1]."""
         measures = self.losses if self._accept is None else (*self.losses, self._accept)
         for loss, values in zip(measures, measured.values, strict=True):
-            least, most = values.aminmax()  # lets NaN through
-            inside = bool((least >= -_ROUNDING) & (most <= 1 + _ROUNDING))
+            least, most = map(float, values.aminmax())  # lets NaN through
+            inside = least >= -_ROUNDING and most <= 1 + _ROUNDING
             if inside and not (loss.binary and not torch.equal(values, values.round())):
                 continue
             wrong = ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))
@@ -277,9 +279,13 @@ def progress_bar(data: Any, order: Tensor | None, progress: bool, title: str) ->
 
 
 def moved_batches(
-    model: nn.Module, data: Any, batch_size: int | None, order: Tensor | None = None
+    model: nn.Module,
+    data: Any,
+    batch_size: int | None,
+    order: Tensor | None = None,
+    gather: Callable[[Any, Tensor], Any] | None = None,
 ) -> Generator[Any, None, None]:
     """Batches on the model's device."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    for batch in batches(data, batch_size, order):
+    for batch in batches(data, batch_size, order, gather):
         yield move_batch(batch, device)

@@ -146,10 +146,15 @@ def early_test(
 def _stride(test: SequentialTest, evaluation: Evaluation, batch: Any, seen: int) -> int:
     """How many examples to evaluate next: up to the look, and past it where that costs little.
 
-    Not past twice the look, because what is evaluated of levels that a look drops is of no use.
+    Not past the first look that may reject a level, and later not past twice the next, because what
+    is evaluated of levels that a look drops is of no use.
     """
-    ahead = min(evaluation.capacity(batch, test.active), 2 * test.next_look - seen)
-    return max(test.next_look - seen, ahead)
+    to_next = test.next_look - seen
+    room = evaluation.capacity(batch, test.active)
+    if room <= to_next:
+        return to_next
+    first = test.first_rejection
+    return max(to_next, min(room, (first if seen < first else 2 * test.next_look) - seen))
 
 
 def _take_in(

@@ -10,6 +10,7 @@
 
 #include "arguments.h"
 #include "kernels/grid_product.h"
+#include "kernels/level_mask.h"
 #include "kernels/prefix_rows.h"
 
 namespace confprune {
@@ -21,10 +22,21 @@ constexpr int64_t kGrain = 1 << 16;  // weights a thread takes at least
 
 Tensor masked_weights(const Tensor& weight, const Tensor& levels, const Tensor& level) {
   check_levelled(weight, levels);
-  int64_data(level, "level");
-  std::vector<int64_t> shape(size_t(weight.dim()) + 1, 1);
-  shape[0] = level.numel();
-  return at::where(levels > level.view(shape), weight, at::zeros({}, weight.options()));
+  element_of(weight.scalar_type(), "weight");
+  const int64_t* wanted = int64_data(level, "level");
+  const Tensor dense = weight.contiguous(), own = levels.contiguous();
+  std::vector<int64_t> shape = weight.sizes().vec();
+  shape.insert(shape.begin(), level.numel());
+  Tensor masked = at::empty(shape, weight.options());
+  char* const out = static_cast<char*>(masked.mutable_data_ptr());
+  for (int64_t k = 0; k < level.numel(); ++k) {
+    const LevelMask mask{dense.const_data_ptr(), int(dense.itemsize()), own.const_data_ptr(),
+                         is_wide_levels(own), wanted[k]};
+    at::parallel_for(0, dense.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      mask_weights(mask, begin, end, out + k * dense.nbytes());
+    });
+  }
+  return masked;
 }
 
 at::ScalarType compute_type(const Tensor& weight) {
@@ -71,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
-    fill_prefixes(m, begin, end, block, num_levels, start, values.data_ptr(),
-                  columns.data_ptr<int16_t>());
+    fill_prefixes(m, begin, end, block, num_levels, start, counts.const_data_ptr<int16_t>(),
+                  values.data_ptr(), columns.data_ptr<int16_t>());
   });
   return {values, columns, starts, counts};
 }

@@ -30,8 +30,12 @@ class Layer:
         self._making = Lock()
 
     def masked(self, level: Tensor | int) -> Tensor:
-        """The weight at one level."""
-        return torch.where(self.levels > level, self.weight, 0)
+        """The weight at one level, which may be a tensor that vmap batches."""
+        if isinstance(level, Tensor):
+            return torch.where(self.levels > level, self.weight, 0)
+        at = torch.tensor([level], device=self.levels.device)
+        masked: Tensor = torch.ops.confprune.masked_weights(self.weight, self.levels, at)
+        return masked[0]
 
     def rows(self, *, shared: bool, transposed: bool = False) -> tuple[list[Tensor], int, int]:
         """Prefix rows, the number of rows, and their block; made when first asked for.

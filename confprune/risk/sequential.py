@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -161,12 +162,9 @@ class SequentialTest:
         # Holm may test a level at more than delta / K once others have been rejected.
         self._reachable = plan.delta if procedure == "holm" else self._delta
         spending = np.array(plan.spending) * (self._delta / plan.delta)
-        self._trackers = [
-            make_tracker(
-                target.pvalue, check_probability("alpha", target.alpha), levels, plan.n, spending
-            )
-            for target in targets
-        ]
+        self._kinds = [(t.pvalue, check_probability("alpha", t.alpha)) for t in targets]
+        self._spending = spending
+        self._trackers = [make_tracker(*kind, levels, plan.n, spending) for kind in self._kinds]
         self._active = np.arange(levels)
         self._end = levels
         self._examples = np.zeros(levels, dtype=np.int64)
@@ -192,6 +190,19 @@ class SequentialTest:
     def next_look(self) -> int:
         """Number of examples at the next look."""
         return self._plan.sizes[min(self._look, len(self._plan.sizes) - 1)]
+
+    @cached_property
+    def first_rejection(self) -> int:
+        """Number of examples at the first look that may reject a level.
+
+        Without any loss, that is: so rare with a risk of alpha that a valid test has room for it.
+        """
+        sizes = np.array(self._plan.sizes)
+        possible = np.ones(len(sizes), dtype=bool)
+        for pvalue, alpha in self._kinds:
+            room = self._delta if PVALUES[pvalue].anytime else np.cumsum(self._spending)
+            possible &= (1.0 - alpha) ** sizes <= room
+        return int(sizes[np.argmax(possible)]) if possible.any() else self._plan.n
 
     @property
     def finished(self) -> bool:
@@ -332,7 +343,8 @@ class SequentialTest:
             pending |= waiting
         self._look += 1
         if self._procedure.chain:
-            self._shorten_chain(pending & doubtful, pending & lost)
+            if doubtful.any():
+                self._shorten_chain(doubtful, lost)
             self._active = self._active[pending & (self._active < self._end)]
         else:
             self._active = self._active[pending & ~doubtful]
@@ -349,13 +361,12 @@ class SequentialTest:
     def _shorten_chain(self, doubtful: BoolArray, lost: BoolArray) -> None:
         """Give up the levels from a lost one on, and a doubtful end of the chain.
 
-        A doubtful level before one that has been or may still be rejected is kept: it would take
-        that one with it.
+        Those that are lost are doubtful too. A doubtful level before one that has been or may still
+        be rejected is kept: it would take that one with it.
         """
-        if doubtful.any():
-            promising = np.ones(self._end, dtype=bool)
-            promising[self._active[doubtful]] = False
-            self._end = int(np.flatnonzero(promising)[-1]) + 1 if promising.any() else 0
+        promising = np.ones(self._end, dtype=bool)
+        promising[self._active[doubtful]] = False
+        self._end = int(np.flatnonzero(promising)[-1]) + 1 if promising.any() else 0
         if lost.any():
             self._end = min(self._end, int(self._active[lost][0]))
 

@@ -43,6 +43,10 @@ _BETTING_COST = 1.15
 """What betting needs beyond its first-order boundary; by simulation. Only guides giving up."""
 
 
+_SMALLEST = 1e-300
+"""Stands for a standard deviation of 0, and can be divided by."""
+
+
 @dataclass(frozen=True, eq=False)
 class ErrorSpending:
     """The running number of errors of a level that has not been rejected yet.
@@ -81,18 +85,22 @@ class ErrorSpending:
         kept = max(binomial_window(count, self.alpha)[1] + 1 - start, 1)
         return ErrorSpending(self.alpha, count, start, probabilities[:kept], self.spent)
 
+    @functools.cached_property
+    def cumulative(self) -> FloatArray:
+        """Probability of having been rejected, or having at most ``start + i`` errors [W]."""
+        return self.spent + np.cumsum(self.probabilities)
+
     def pvalue(self, errors: FloatArray) -> FloatArray:
         """Probability of having been rejected before, or having at most `errors` errors now.
 
         The p-value of the stage-wise ordering: outcomes are the more extreme the earlier a level
         is rejected, and at the same look the fewer its errors.
         """
-        cumulative = np.cumsum(self.probabilities)
+        last = len(self.cumulative) - 1
         index = np.floor(errors).astype(np.int64) - self.start
-        inside = np.clip(index, 0, len(cumulative) - 1)
-        below = np.where(index < 0, 0.0, cumulative[inside])
-        complete = errors >= self.start + len(cumulative) - 1
-        return np.asarray(np.where(complete, 1.0, np.minimum(self.spent + below, 1.0)))
+        inside = np.minimum(np.maximum(index, 0), last)  # np.clip takes longer
+        most = np.where(index < 0, self.spent, self.cumulative[inside])
+        return np.where(index >= last, 1.0, np.minimum(most, 1.0))
 
     def reject(self, allowed: float) -> tuple[float, ErrorSpending]:
         """Reject as many outcomes as keep the probability of rejection at most `allowed`.
@@ -104,13 +112,12 @@ class ErrorSpending:
         remaining : ErrorSpending
             A level that was not rejected.
         """
-        cumulative = self.spent + np.cumsum(self.probabilities)
-        rejected = int(np.searchsorted(cumulative, allowed, side="right"))
+        rejected = int(np.searchsorted(self.cumulative, allowed, side="right"))
         if rejected == 0:
             return -np.inf, self
-        rejected = min(rejected, len(cumulative) - 1)  # Something must remain.
+        rejected = min(rejected, len(self.cumulative) - 1)  # Something must remain.
         start, left = self.start + rejected, self.probabilities[rejected:]
-        spent = float(cumulative[rejected - 1])
+        spent = float(self.cumulative[rejected - 1])
         return float(start - 1), ErrorSpending(self.alpha, self.count, start, left, spent)
 
 
@@ -146,6 +153,7 @@ class SumTracker:
         self._alpha = alpha
         self._n = n
         self._spending = np.asarray(spending, dtype=np.float64)
+        self._allowed = np.cumsum(self._spending).tolist()
         self._paths = [_unseen(alpha)] * levels
 
     def split(
@@ -197,14 +205,13 @@ class SumTracker:
             self.pvalues[levels] = np.minimum(self.pvalues[levels], pvalues)
 
     def _look_exactly(self, index: int, levels: IntArray) -> None:
-        allowed = float(self._spending[: index + 1].sum())
         last = index == len(self._spending) - 1
         # Levels with equal counts so far share a path.
-        alike: dict[tuple[int, int], list[int]] = {}
-        for level in levels.tolist():
-            alike.setdefault((id(self._paths[level]), int(self.counts[level])), []).append(level)
-        for (_, count), together in alike.items():
-            present, critical, remaining = _at_look(self._paths[together[0]], count, allowed)
+        alike: dict[tuple[ErrorSpending, int], list[int]] = {}
+        for level, count in zip(levels.tolist(), self.counts[levels].tolist(), strict=True):
+            alike.setdefault((self._paths[level], count), []).append(level)
+        for (path, count), together in alike.items():
+            present, critical, remaining = _at_look(path, count, self._allowed[index])
             members = np.array(together)
             decided = members if last else members[self.sums[members] <= critical]
             if decided.size:
@@ -316,11 +323,8 @@ def _bridge(
     is that of a sample without replacement, and here taken as normal.
     """
     remaining = 1.0 - counts / np.maximum(final, 1)
-    spread = np.sqrt(variance * counts * remaining)
-    distance = counts * rate + 0.5 - sums
-    with np.errstate(divide="ignore", invalid="ignore"):
-        chance = special.ndtr(distance / spread)
-    chance[np.isnan(chance)] = 1.0
+    spread = np.maximum(np.sqrt(variance * counts * remaining), _SMALLEST)
+    chance = special.ndtr((counts * rate + 0.5 - sums) / spread)
     chance[sums > rate * final * (1.0 + 1e-9)] = 0.0  # But for rounding of the product.
     return np.asarray(chance)
 

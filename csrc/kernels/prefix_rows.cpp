@@ -6,56 +6,30 @@
 namespace confprune {
 namespace {
 
-inline int64_t level_at(const LevelledMatrix& m, int64_t row, int64_t column) {
-  const int64_t at = row * m.level_strides[0] + column * m.level_strides[1];
-  return m.wide_levels ? static_cast<const int16_t*>(m.levels)[at]
-                       : static_cast<const uint8_t*>(m.levels)[at];
-}
+// The prune levels of one row, as they lie in memory.
+template <class Level>
+struct RowOfLevels {
+  const Level* levels;
+  int64_t stride;
+  RowOfLevels(const LevelledMatrix& m, int64_t row)
+      : levels(static_cast<const Level*>(m.levels) + row * m.level_strides[0]),
+        stride(m.level_strides[1]) {}
+  int64_t operator[](int64_t column) const { return levels[column * stride]; }
+};
 
-template <class T, class Value>
-void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-          int64_t num_levels, const int64_t* starts, Value* values, int16_t* columns) {
-  const T* weight = static_cast<const T*>(m.weight);
-  const int64_t blocks = (m.row_size + block - 1) / block;
-  std::vector<int64_t> at(num_levels + 1);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t from = b * block, to = std::min(m.row_size, from + block);
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      // A stable counting sort, descending in the level.
-      std::fill(at.begin(), at.end(), 0);
-      for (int64_t c = from; c < to; ++c)
-        ++at[level_at(m, row, c)];
-      int64_t next = starts[b * m.rows + row];
-      for (int64_t level = num_levels; level >= 0; --level) {
-        const int64_t count = at[level];
-        at[level] = next;
-        next += count;
-      }
-      for (int64_t c = from; c < to; ++c) {
-        const int64_t level = level_at(m, row, c);
-        if (level == 0)
-          continue;
-        const int64_t place = at[level]++;
-        values[place] = widen(weight[row * m.weight_strides[0] + c * m.weight_strides[1]]);
-        columns[place] = int16_t(c - from);
-      }
-    }
-  }
-}
-
-}  // namespace
-
-int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                       int64_t num_levels, int16_t* counts, int64_t* starts) {
+template <class Level>
+int64_t count(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
+              int64_t num_levels, int16_t* counts, int64_t* starts) {
   const int64_t blocks = (m.row_size + block - 1) / block;
   std::vector<int32_t> pruned_at(num_levels + 1);
   const int64_t cells = blocks * m.rows;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t from = b * block, to = std::min(m.row_size, from + block);
     for (int64_t row = row_begin; row < row_end; ++row) {
+      const RowOfLevels<Level> levels(m, row);
       std::fill(pruned_at.begin(), pruned_at.end(), 0);
       for (int64_t c = from; c < to; ++c) {
-        const int64_t level = level_at(m, row, c);
+        const int64_t level = levels[c];
         if (level < 0 || level > num_levels)
           return level;
         ++pruned_at[level];
@@ -72,21 +46,69 @@ int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_e
   return 0;
 }
 
+template <class T, class Level, class Value>
+void fill(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
+          int64_t num_levels, const int64_t* starts, const int16_t* counts, Value* values,
+          int16_t* columns) {
+  const int64_t blocks = (m.row_size + block - 1) / block;
+  const int64_t cells = blocks * m.rows, weight_stride = m.weight_strides[1];
+  std::vector<int64_t> at(num_levels + 1);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t from = b * block, to = std::min(m.row_size, from + block);
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      // A stable counting sort, descending in the level: those pruned at one come after those that
+      // are alive there.
+      const int64_t cell = b * m.rows + row, start = starts[cell];
+      for (int64_t level = 1; level < num_levels; ++level)
+        at[level] = start + counts[level * cells + cell];
+      at[num_levels] = start;
+      const RowOfLevels<Level> levels(m, row);
+      const T* weight = static_cast<const T*>(m.weight) + row * m.weight_strides[0];
+      for (int64_t c = from; c < to; ++c) {
+        const int64_t level = levels[c];
+        if (level == 0)
+          continue;
+        const int64_t place = at[level]++;
+        values[place] = widen(weight[c * weight_stride]);
+        columns[place] = int16_t(c - from);
+      }
+    }
+  }
+}
+
+template <class T, class Value>
+void fill_levels(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
+                 int64_t num_levels, const int64_t* starts, const int16_t* counts, Value* values,
+                 int16_t* columns) {
+  const auto filled = m.wide_levels ? fill<T, int16_t, Value> : fill<T, uint8_t, Value>;
+  filled(m, row_begin, row_end, block, num_levels, starts, counts, values, columns);
+}
+
+}  // namespace
+
+int64_t count_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
+                       int64_t num_levels, int16_t* counts, int64_t* starts) {
+  const auto counted = m.wide_levels ? count<int16_t> : count<uint8_t>;
+  return counted(m, row_begin, row_end, block, num_levels, counts, starts);
+}
+
 void fill_prefixes(const LevelledMatrix& m, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, const int64_t* starts, void* values, int16_t* columns) {
+                   int64_t num_levels, const int64_t* starts, const int16_t* counts, void* values,
+                   int16_t* columns) {
+  float* const narrow = static_cast<float*>(values);
+  double* const wide = static_cast<double*>(values);
+  const auto with = [&](auto filled, auto* to) {
+    filled(m, row_begin, row_end, block, num_levels, starts, counts, to, columns);
+  };
   switch (m.element) {
     case Element::float32:
-      return fill<float>(m, row_begin, row_end, block, num_levels, starts,
-                         static_cast<float*>(values), columns);
+      return with(fill_levels<float, float>, narrow);
     case Element::float64:
-      return fill<double>(m, row_begin, row_end, block, num_levels, starts,
-                          static_cast<double*>(values), columns);
+      return with(fill_levels<double, double>, wide);
     case Element::float16:
-      return fill<Half>(m, row_begin, row_end, block, num_levels, starts,
-                        static_cast<float*>(values), columns);
+      return with(fill_levels<Half, float>, narrow);
     case Element::bfloat16:
-      return fill<BFloat16>(m, row_begin, row_end, block, num_levels, starts,
-                            static_cast<float*>(values), columns);
+      return with(fill_levels<BFloat16, float>, narrow);
   }
 }
 
