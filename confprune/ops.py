@@ -3,7 +3,8 @@
 Importing this module loads the extension and registers ``torch.ops.confprune.*``:
 
 ``magnitude_histogram``  adds the counts of one digit of every score's key
-``magnitude_collect``    the keys in narrow brackets around the cuts, and the number under each
+``magnitude_collect``    the keys in narrow brackets around the cuts, sorted, and how many are under
+                         each
 ``magnitude_select``     the thresholds of all levels at once; on CUDA, without a look at the host
 ``assign_levels``        prune levels of many tensors from thresholds and ties
 ``cut_weights``          weights masked by a cut, and where those near it are

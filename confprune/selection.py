@@ -219,7 +219,9 @@ def _interpolate(
     keys = collect_keys(scores, key, inside.prefixes, inside.shift, low, high, 2 * limit, below)
     if ranks.sum(np.array([len(keys)]))[0] > 2 * limit:
         return None
-    keys, below = _sorted(ranks.concatenate(keys), key), ranks.sum(below)
+    below = ranks.sum(below)
+    if ranks.size > 1:
+        keys = _merged([ranks.concatenate(keys)])
     start, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, "right")
     at = start[row] + inside.rank - below[row] - 1
     if np.any((at < start[row]) | (at >= stop[row])):
@@ -227,12 +229,6 @@ def _interpolate(
     cut = keys[at]
     left, right = np.searchsorted(keys, cut), np.searchsorted(keys, cut, "right")
     return cut, below[row] + left - start[row], right - left
-
-
-def _sorted(keys: np.ndarray, key: torch.dtype) -> np.ndarray:
-    """Sorted, on one thread: torch's threads wait for each other often, and long on a busy core."""
-    narrow = np.int32 if KEY_BITS[key] < 32 else np.int64  # half the bytes, twice as fast
-    return np.sort(keys.astype(narrow)).astype(np.int64)
 
 
 def assign(scores: Mapping[str, Tensor], cuts: Cuts, ranks: Ranks = ALONE) -> dict[str, Tensor]:
@@ -351,9 +347,9 @@ def collect_keys(
     limit: int,
     below: np.ndarray,
 ) -> np.ndarray:
-    """The keys in [low, high] among those with each prefix; how many are under it goes to `below`.
+    """The keys in [low, high] among those with each prefix, sorted; those under it go to `below`.
 
-    Ends early once there are more than `limit`.
+    Of these only the number. Ends early once there are more than `limit` keys.
     """
     tables = _Tables(prefixes, low, high)
     under = {torch.device("cpu"): torch.from_numpy(below)}
@@ -372,7 +368,12 @@ def collect_keys(
     for device, counts in under.items():
         if device.type != "cpu":
             below += counts.cpu().numpy()
-    return np.concatenate(found)
+    return found[0] if len(found) == 1 else _merged(found)
+
+
+def _merged(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """The keys of sorted runs in one, by the sort of NumPy that sees them."""
+    return np.sort(np.concatenate(runs), kind="stable")
 
 
 def infinity_key(key: torch.dtype) -> int:

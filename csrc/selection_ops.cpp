@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "kernels/key_sort.h"
 #include "kernels/selection.h"
 
 namespace confprune {
@@ -26,6 +27,7 @@ constexpr int64_t kSerial = 1 << 16;  // elements below which threads cost more 
 constexpr int64_t kFlush = int64_t(1) << 31;  // elements a 32-bit counter is trusted with
 constexpr int64_t kBlock = 1 << 18;      // elements handed out at a time: starting one costs little
 constexpr int64_t kElementsPerCut = 64;  // of a block, which has a counter for each cut
+constexpr int64_t kCellsAdded = 1 << 14;  // by a thread at least
 
 Source source_of(const Tensor& tensor, const char* argument) {
   TORCH_CHECK_VALUE(tensor.dim() <= Source::kMaxDims, argument, " has ", tensor.dim(),
@@ -82,15 +84,21 @@ void magnitude_histogram(const Tensor& scores, at::ScalarType key, const Tensor&
     Blocks all(0, size, size);
     return histogram(source, all, digit, total);
   }
-  std::mutex adding;
-  for (int64_t at = 0; at < size; at += kFlush)
+  for (int64_t at = 0; at < size; at += kFlush) {
+    std::mutex adding;
+    std::vector<std::unique_ptr<uint32_t[]>> parts;
     share(at, std::min(size, at + kFlush), block_of(size), [&](Blocks& blocks) {
-      const std::unique_ptr<uint32_t[]> own(new uint32_t[cells]());
+      std::unique_ptr<uint32_t[]> own(new uint32_t[cells]());
       histogram(source, blocks, digit, own.get());
       const std::lock_guard<std::mutex> lock(adding);
-      for (int64_t cell = 0; cell < cells; ++cell)
-        total[cell] += own[cell];
+      parts.push_back(std::move(own));
     });
+    at::parallel_for(0, cells, kCellsAdded, [&](int64_t begin, int64_t end) {
+      for (const auto& part : parts)
+        for (int64_t cell = begin; cell < end; ++cell)
+          total[cell] += part[cell];
+    });
+  }
 }
 
 Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor& prefixes,
@@ -115,6 +123,7 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
     for (int64_t i = 0; i < size; ++i)
       total[i] += under[i];
   });
+  sort_keys(&found, bits);
   Tensor result = at::empty({int64_t(found.size())}, prefixes.options());
   std::copy(found.begin(), found.end(), result.data_ptr<int64_t>());
   return result;

@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 import confprune
 from confprune.batches import (
+    Reordered,
     batch_length,
     batches,
     check_data,
@@ -36,6 +37,7 @@ from confprune.batches import (
     permutable,
     slice_batch,
     take,
+    tensors_of,
 )
 from confprune.calling import targets_of
 
@@ -227,6 +229,28 @@ def test_examples_are_taken_in_any_order():
             else type(take(batch, index)) is type(batch)
         )
     assert torch.equal(take(Pair(X, Y), index).label, index)
+
+
+def test_a_reordered_batch_is_gathered_as_it_is_sliced():
+    order = torch.tensor([3, 0, 6, 2])
+    for data in [X, (X, Y), {"x": X, "y": Y}, Pair(X, Y)]:
+        [batch] = batches(data, order=order, gather=Reordered)
+        assert isinstance(batch, Reordered)
+        assert batch_length(batch) == 4
+        part, expected = slice_batch(batch, 1, 3), take(data, order[1:3])
+        assert type(part) is type(data)
+        assert all(map(torch.equal, tensors_of(part), tensors_of(expected)))
+        # Where it is, there is nothing to move; what goes elsewhere is gathered first.
+        assert move_batch(batch, torch.device("cpu")) is batch
+        moved = move_batch(batch, torch.device("meta"))
+        assert type(moved) is type(data)
+        assert all(tensor.is_meta and len(tensor) == 4 for tensor in tensors_of(moved))
+
+
+def test_data_whose_order_others_know_is_gathered_by_them():
+    data = Dictionaries()
+    [batch] = batches(data, order=torch.tensor([3, 0]), gather=Reordered)
+    assert not isinstance(batch, Reordered)
 
 
 def test_a_batch_is_moved_in_its_own_structure():

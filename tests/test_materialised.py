@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from elements import INTEGERS
 from test_ops import (
     DTYPES,
     GEOMETRIES,
@@ -189,6 +190,7 @@ class TestOnCuda:
         ({"levels": torch.zeros(2, 3).byte()}, ValueError, r"weight has shape \[3, 2\] but levels"),
         ({"levels": torch.zeros(3, 2).int()}, TypeError, "levels must be uint8 or int16, got Int"),
         ({"level": torch.tensor([0, 1]).int()}, TypeError, "level must be a contiguous int64"),
+        ({"weight": torch.zeros(3, 2).int()}, TypeError, "weight must be float32"),
     ],
 )
 def test_masked_weights_of_wrong_arguments_are_refused(changes, error, message):
@@ -210,3 +212,20 @@ def test_masked_weights_are_the_weight_where_it_survives(dtype, num_levels):
     expected = [torch.where(levels > j, weight, 0) for j in level.tolist()]
     assert torch.equal(masked, torch.stack(expected))
     torch.library.opcheck(torch.ops.confprune.masked_weights.default, (weight, levels, level))
+
+
+@pytest.mark.parametrize("num_levels", [7, 255, 300])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (70_001,), (31, 5, 7)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_weights_are_chosen_and_not_computed(dtype, shape, num_levels):
+    # Every other row of a transposed tensor, with all that a float can be.
+    weight = torch.randn(*shape, 2).to(dtype)[..., 0].movedim(0, -1) if shape else torch.ones(())
+    weight, levels = weight.to(dtype), random_levels(tuple(weight.shape), num_levels)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1e-40]).to(dtype)
+    if weight.numel() > 1:
+        weight[torch.rand(weight.shape) < 0.5] = special[torch.randint(5, (1,))].item()
+    level = torch.tensor([-5, -1, 0, 3, num_levels, 1 << 40])
+    masked = torch.ops.confprune.masked_weights(weight, levels, level)
+    for own, j in zip(masked, level.tolist(), strict=True):
+        expected = torch.where(levels.long() > j, weight, 0)
+        assert torch.equal(own.view(INTEGERS[dtype]), expected.contiguous().view(INTEGERS[dtype]))

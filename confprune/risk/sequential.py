@@ -244,15 +244,13 @@ class SequentialTest:
         masks = [None] * len(losses) if counted is None else counted
         expanded = [_expand(mask, shape) for mask in masks]
         self._check_room(shape[0], self._plan.sizes[-1])
-        looks = np.array(self._plan.sizes[self._look :]) - self._seen
-        starts = np.append(0, looks[looks < shape[0]])
+        looks = [size - self._seen for size in self._plan.sizes[self._look :]]
+        bounds = np.array([0, *(look for look in looks if look < shape[0]), shape[0]])
         parts = [
-            tracker.split(matrix, mask, starts)
+            tracker.split(matrix, mask, bounds)
             for tracker, matrix, mask in zip(self._trackers, matrices, expanded, strict=True)
         ]
-        for size, *of_trackers in zip(
-            np.diff(starts, append=shape[0]).tolist(), *parts, strict=True
-        ):
+        for size, *of_trackers in zip((bounds[1:] - bounds[:-1]).tolist(), *parts, strict=True):
             if self.finished:
                 break
             columns = np.searchsorted(asked, self._active)

@@ -157,9 +157,9 @@ class SumTracker:
         self._paths = [_unseen(alpha)] * levels
 
     def split(
-        self, losses: NDArray[Any], counted: BoolArray | None, starts: IntArray
+        self, losses: NDArray[Any], counted: BoolArray | None, bounds: IntArray
     ) -> list[tuple[FloatArray, IntArray]]:
-        """Sums and counts [A] of losses [m, A], by the parts that begin at `starts`.
+        """Sums and counts [A] of losses [m, A], by the parts between `bounds` from 0 to m.
 
         Of the examples that count, [m, A] or None for all.
         """
@@ -169,12 +169,12 @@ class SumTracker:
                 f"pvalue={self._kind.name!r} needs losses that are 0 or 1, got values in between; "
                 "use pvalue='betting' or 'convex'"
             )
-        sums = np.add.reduceat(relevant, starts, axis=0, dtype=np.float64)
+        sums = np.add.reduceat(relevant, bounds[:-1], axis=0, dtype=np.float64)
         if counted is None:
-            sizes = np.diff(starts, append=len(losses))
+            sizes = bounds[1:] - bounds[:-1]
             counts = np.broadcast_to(sizes[:, None], sums.shape)
         else:
-            counts = np.add.reduceat(counted, starts, axis=0, dtype=np.int64)
+            counts = np.add.reduceat(counted, bounds[:-1], axis=0, dtype=np.int64)
         return list(zip(sums, counts, strict=True))
 
     def observe(
@@ -269,11 +269,11 @@ class BettingTracker:
         self._process = BettingProcess(alpha, levels, n, delta)
 
     def split(
-        self, losses: NDArray[Any], counted: BoolArray | None, starts: IntArray
+        self, losses: NDArray[Any], counted: BoolArray | None, bounds: IntArray
     ) -> list[tuple[NDArray[Any], BoolArray | None]]:
-        """Losses [m, A], and which of them count (None: all), by the parts from `starts` on."""
-        parts = np.split(losses, starts[1:])
-        masks = [None] * len(parts) if counted is None else np.split(counted, starts[1:])
+        """Losses [m, A], and which of them count (None: all), by the parts between `bounds`."""
+        parts = np.split(losses, bounds[1:-1])
+        masks = [None] * len(parts) if counted is None else np.split(counted, bounds[1:-1])
         return list(zip(parts, masks, strict=True))
 
     def observe(

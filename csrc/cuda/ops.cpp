@@ -111,7 +111,7 @@ Tensor magnitude_collect(const Tensor& scores, at::ScalarType key, const Tensor&
                   below.data_ptr<int64_t>(), call.stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return keys.narrow(0, 0, std::min(capacity, found.item<int64_t>())).clone();
+  return std::get<0>(keys.narrow(0, 0, std::min(capacity, found.item<int64_t>())).sort());
 }
 
 std::tuple<std::vector<Tensor>, Tensor> assign_levels(at::TensorList scores, at::ScalarType key,

@@ -154,6 +154,28 @@ def test_sums_and_losses_may_be_fed_alike():
     assert test.result().evaluations == by_loss.evaluations
 
 
+@pytest.mark.parametrize("procedure", ["fixed_sequence", "bonferroni"])
+@pytest.mark.parametrize("name", ["binomial", "convex", "hoeffding_bentkus", "betting"])
+def test_nothing_is_rejected_before_the_first_look_that_may(name, procedure):
+    spending = tuple(np.linspace(0.001, 0.015, 10))
+    plan = looks.LookPlan(tuple(range(20, 220, 20)), spending, delta=sum(spending))
+    targets = [RiskTarget(0.05, name), RiskTarget(0.08, name)]
+    test = SequentialTest(plan, 3, targets, procedure=procedure)
+    first = test.first_rejection
+    run(test, [np.zeros((200, 3))] * 2)
+    assert np.all(test.evaluated >= first)
+    if name in ("binomial", "convex"):  # exact for zero losses, if the first look spends anything
+        alone = SequentialTest(plan, 1, [RiskTarget(0.05)], procedure=procedure)
+        run(alone, [np.zeros((200, 1))])
+        assert alone.evaluated[0] == alone.first_rejection
+        assert 20 < alone.first_rejection < 200
+
+
+def test_where_zero_losses_are_not_enough_there_is_no_first_rejection():
+    test = SequentialTest(looks.LookPlan((5, 10), (0.05, 0.05), delta=0.1), 1, [RiskTarget(0.05)])
+    assert test.first_rejection == 10
+
+
 def test_a_doubtful_level_before_a_promising_one_is_kept():
     n = 400
     plan = looks.LookPlan((200, n), (0.02, 0.08), delta=0.1, futility=0.05)

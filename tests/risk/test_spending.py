@@ -68,7 +68,7 @@ def boundary_losses(rng, shape, mean, binary):
 
 def observe(tracker, losses, levels, counted):
     """Losses of one part, a column for each of `levels`."""
-    [part] = tracker.split(losses, counted, np.zeros(1, dtype=np.int64))
+    [part] = tracker.split(losses, counted, np.array([0, len(losses)]))
     tracker.observe(part, np.arange(len(levels)), levels)
 
 
