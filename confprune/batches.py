@@ -96,7 +96,8 @@ def generous_batch_size(data: Any) -> int | None:
 
 def check_data(data: Any, batch_size: int | None) -> None:
     """Raise unless `data` can be streamed with this `batch_size`; reads nothing."""
-    if batch_size is not None and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
+    whole_number = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
+    if batch_size is not None and not (whole_number and batch_size > 0):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     whole = _is_whole(data)
     if whole:

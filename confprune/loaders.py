@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     RandomSampler,
@@ -57,30 +58,41 @@ def visits_each_once(loader: DataLoader[Any]) -> bool:
     )
 
 
-def examples_of(data: Any) -> tuple[Any, NDArray[np.int64] | None] | None:
-    """The dataset behind loaders and subsets, and the indices taken of it; None for all.
+def examples_of(data: Any) -> list[tuple[Any, NDArray[np.int64] | None]]:
+    """The datasets behind loaders, subsets and concatenations, with the indices taken of each.
 
-    Indices that cannot be read, as those of a sampler of the user's own, are all of them.
+    None is all of them, as are indices that cannot be read: those of a sampler of the user's own.
 
     Examples
     --------
     >>> import torch
     >>> data = torch.zeros(7, 3)
-    >>> examples_of(DataLoader(Subset(data, range(2, 7)), sampler=[0, 4]))[1]
+    >>> [(_, taken)] = examples_of(DataLoader(Subset(data, range(2, 7)), sampler=[0, 4]))
+    >>> taken
     array([2, 6])
     """
     if isinstance(data, DataLoader):
-        own = _indices(_sampled(data))
-    elif isinstance(data, Subset):
-        own = _indices(data.indices)
-    else:
-        return (data, None) if isinstance(data, Dataset) else None
-    base, inner = examples_of(data.dataset) or (data.dataset, None)
-    if own is None:
-        return base, inner
-    if isinstance(data.dataset, Sized):
-        own = own % max(1, len(data.dataset))  # negative ones count from the end
-    return base, own if inner is None else inner[own]
+        return _chosen(data.dataset, _indices(_sampled(data)))
+    return _chosen(data, None) if isinstance(data, Dataset) else []
+
+
+def _chosen(
+    data: Any, taken: NDArray[np.int64] | None
+) -> list[tuple[Any, NDArray[np.int64] | None]]:
+    """What is behind a dataset, of which these indices are taken."""
+    if taken is not None and isinstance(data, Sized):
+        taken = taken % max(1, len(data))  # negative ones count from the end
+    if isinstance(data, Subset):
+        inner = _indices(data.indices)
+        return _chosen(data.dataset, inner if inner is None or taken is None else inner[taken])
+    if not isinstance(data, ConcatDataset):
+        return [(data, taken)]
+    found, start = [], 0
+    for part, stop in zip(data.datasets, data.cumulative_sizes, strict=True):
+        here = None if taken is None else taken[(taken >= start) & (taken < stop)] - start
+        found += _chosen(part, here)
+        start = stop
+    return found
 
 
 def _sampled(loader: DataLoader[Any]) -> Any:
@@ -114,10 +126,16 @@ def why_dependent(data: Any) -> str | None:
     """
     if isinstance(data, DataLoader) and (why := _why_sampled(data)):
         return why
-    _, taken = examples_of(data) or (data, None)
-    different = 0 if taken is None else len(np.unique(taken))
-    if taken is not None and different < len(taken):
-        return f"its indices repeat examples: {different} different ones in {len(taken)}"
+    by_dataset: dict[int, list[NDArray[np.int64]]] = {}
+    sources = examples_of(data)
+    for dataset, taken in sources:
+        if taken is None:
+            taken = np.arange(len(dataset) if isinstance(dataset, Sized) and sources[1:] else 1)
+        by_dataset.setdefault(id(dataset), []).append(taken)
+    for parts in by_dataset.values():
+        every = np.concatenate(parts)
+        if len(different := np.unique(every)) < len(every):
+            return f"its indices repeat examples: {len(different)} different ones in {len(every)}"
     return None
 
 

@@ -15,8 +15,8 @@ from confprune.loaders import examples_of
 def overlap(first: Any, second: Any) -> bool:
     """Whether two sets of data are known to share examples.
 
-    They do if they are one object, or loaders and subsets of one dataset without disjoint indices,
-    or tensors with rows at the same place in memory. Copies cannot be told.
+    They do if they are one object, or loaders, subsets and concatenations of one dataset without
+    disjoint indices, or tensors with rows at the same place in memory. Copies cannot be told.
 
     Examples
     --------
@@ -32,11 +32,17 @@ def overlap(first: Any, second: Any) -> bool:
     """
     if first is second:
         return True
-    one, other = examples_of(first), examples_of(second)
-    if one is not None and other is not None and one[0] is other[0]:
-        if one[1] is None or other[1] is None:
-            return True
-        return len(np.intersect1d(one[1], other[1])) > 0
+    same = [
+        (taken, other_taken)
+        for dataset, taken in examples_of(first)
+        for other, other_taken in examples_of(second)
+        if dataset is other
+    ]
+    if same:
+        return any(
+            one is None or other is None or len(np.intersect1d(one, other)) > 0
+            for one, other in same
+        )
     rows = [_rows(tensor) for tensor in _tensors(second)]
     return any(
         len(np.intersect1d(_rows(tensor), other_rows)) > 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -43,6 +44,7 @@ from confprune.calling import targets_of
 
 X = torch.arange(14.0).reshape(7, 2)
 Y = torch.arange(7)
+TWICE = TensorDataset(X)
 
 
 class Dictionaries(Dataset):
@@ -152,7 +154,7 @@ def test_a_batch_size_may_come_from_numpy():
         assert sizes == [4, 3]
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])
+@pytest.mark.parametrize("batch_size", [0, True, -1, 2.5, "3"])
 def test_a_batch_size_is_a_positive_integer(batch_size):
     with pytest.raises(ValueError, match=f"positive integer, got {batch_size!r}"):
         check_data(X, batch_size)
@@ -352,6 +354,10 @@ def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
         DataLoader(TensorDataset(X), sampler=SubsetRandomSampler([0, 2, -5])),
         DataLoader(TensorDataset(X), batch_sampler=[[0, 1], [1, 2]]),
         DataLoader(X, sampler=np.array([4, 4])),
+        ConcatDataset([TWICE, TWICE]),
+        ConcatDataset([Subset(TWICE, [0, 1, 2]), Subset(TWICE, [2, 3])]),
+        Subset(ConcatDataset([TWICE, TensorDataset(Y), TWICE]), [1, 8, -6]),
+        DataLoader(ConcatDataset([TWICE, ConcatDataset([TensorDataset(Y), TWICE])]), batch_size=2),
     ],
 )
 def test_indices_that_repeat_examples_do_not_calibrate(data):
@@ -379,6 +385,9 @@ class OwnSampler(Sampler):
         DataLoader(Subset(TensorDataset(X), range(1, 7)), batch_sampler=[[0, 1], [2]]),
         DataLoader(TensorDataset(X), sampler=OwnSampler()),
         DataLoader(Stream()),
+        ConcatDataset([TWICE, TensorDataset(X)]),
+        ConcatDataset([Subset(TWICE, [0, 1, 2]), Subset(TWICE, [3, 4])]),
+        Subset(ConcatDataset([TWICE, TWICE]), [0, 8, -2]),
     ],
 )
 def test_indices_that_take_each_example_once_or_cannot_be_read_are_taken(data):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     Subset,
@@ -341,6 +342,10 @@ def test_disjoint_parts_of_one_set_are_not_confused():
     halves = [DataLoader(left, sampler=SubsetRandomSampler(part)) for part in ([0, 2], [1, 3])]
     assert not overlap(*halves)
     assert overlap(halves[0], Subset(left, [2]))
+    both = ConcatDataset([TensorDataset(x + 1), left])
+    assert overlap(both, data)
+    assert overlap(Subset(both, [200]), Subset(left, [0]))
+    assert not overlap(Subset(both, [0, 201]), Subset(left, [0]))
     assert not overlap(x[:100], x[100:])
     assert not overlap(x[::2], x[1::2])
     assert not overlap(data, TensorDataset(torch.randn(200, 6)))

@@ -10,9 +10,9 @@ namespace confprune {
 
 // Sorts keys of so many bits, increasing.
 inline void sort_keys(std::vector<int64_t>* keys, int bits) {
-  constexpr int kDigit = 11;                 // bits: the counters stay in a first-level cache
+  constexpr int kDigit = 11;  // bits: the counters stay in a first-level cache
   constexpr size_t kCells = size_t(1) << kDigit;
-  constexpr size_t kFew = 512;               // are sorted before the counters are cleared
+  constexpr size_t kFew = 512;  // are sorted before the counters are cleared
   if (keys->size() < kFew)
     return std::sort(keys->begin(), keys->end());
   std::vector<int64_t> other(keys->size());
