@@ -73,6 +73,84 @@ def test_grids_of_any_size(levels):
     )
 
 
+def wider_cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(1)
+    )
+
+
+def test_where_the_grid_makes_the_full_network_it_is_not_run_by_itself():
+    model, data = wider_cnn(), torch.randn(40, 1, 9, 9)
+    calls = []
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return model(batch)
+
+    levels = prune_levels(model, GRID)
+    grid = GridForward(model, levels, [DISTANCE], forward=forward)
+    with torch.no_grad():
+        grid.evaluate(data, [3])
+        calls.clear()
+        grid.evaluate(data, [3])
+        assert calls == [40]
+        grid.evaluate(data, [0, 3])
+        assert calls == [40, 40]
+
+
+@pytest.mark.parametrize("activation_bytes", [1, 50_000, 1 << 30])
+class TestTheFullNetworkAsALevelOfTheGrid:
+    """Where minimal filtering makes its convolutions, the grid gives the full network too."""
+
+    @pytest.mark.parametrize("active", [[0], [6], [0, 1], [2, 5], [0, 1, 2, 3, 4, 5, 6]])
+    def test_the_losses_are_those_of_the_plain_network(self, activation_bytes, active):
+        model, data = wider_cnn(), torch.randn(9, 1, 9, 9)
+        levels = prune_levels(model, GRID)
+        settings = {"activation_bytes": activation_bytes}
+        grid = GridForward(model, levels, [DISTANCE, DISTANCE], **settings)
+        losses = grid.evaluate(data, active)
+        assert losses.shape == (2, 9, len(active))
+        expected = slow_losses(model, [data], levels)[:, active]
+        torch.testing.assert_close(losses[1], expected, rtol=0, atol=2e-5)
+        if active[0] == 0:
+            assert torch.equal(losses[..., 0], torch.zeros(2, 9))
+
+    def test_a_grid_without_it_runs_it_by_itself(self, activation_bytes):
+        model, data = wider_cnn(), torch.randn(9, 1, 9, 9)
+        levels = prune_levels(model, GRID[1:])
+        found = grid_losses(model, data, levels, activation_bytes=activation_bytes)
+        torch.testing.assert_close(found, slow_losses(model, [data], levels), rtol=0, atol=2e-5)
+
+    def test_examples_that_fall_back_have_it_too(self, activation_bytes):
+        model, data = wider_cnn(), torch.randn(9, 1, 9, 9)
+        data[7] = torch.inf
+        levels = prune_levels(model, GRID)
+        zero = Loss("zero", lambda outputs, reference: outputs.flatten(1)[:, 0] * 0 == 1)
+        for active in ([2, 5], [0, 5]):
+            grid = GridForward(model, levels, [zero, DISTANCE], activation_bytes=activation_bytes)
+            losses = grid.evaluate(data, active)
+            assert grid.fallback is None
+            assert torch.equal(losses[0], torch.zeros(9, 2))
+            finite = torch.arange(9) != 7
+            expected = slow_losses(model, [data[finite]], levels)[:, active]
+            torch.testing.assert_close(losses[1][finite], expected, rtol=0, atol=2e-5)
+
+    def test_a_model_that_does_not_lend_itself_runs_it_plainly(self, activation_bytes):
+        class Unruly(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = wider_cnn()
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.layers(x)
+                return y if float(y.sum()) < torch.inf else -y
+
+        model, data = Unruly(), torch.randn(9, 1, 9, 9)
+        levels = prune_levels(model, GRID)
+        found = grid_losses(model, data, levels, fallback=ANY, activation_bytes=activation_bytes)
+        torch.testing.assert_close(found, slow_losses(model, [data], levels), rtol=0, atol=2e-5)
+
+
 def test_the_loss_of_the_unpruned_network_is_zero():
     model = small_cnn()
     levels = prune_levels(model, [0.0, 0.9])

@@ -3,7 +3,8 @@
 The grid is a batch dimension: the model runs once under ``torch.vmap`` over the levels, with its
 prunable weights masked on the way (see `confprune.grid.mode`). What that gives is compared with the
 plain masked network on the first batch; where it differs, or the model does not lend itself, the
-same numbers are made level by level.
+same numbers are made level by level. The full network, with which the losses compare, is run by
+itself, or is one more level of the grid where that takes less time.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class GridForward:
         self._fusions: list[Fusion] = []
         self._unused: set[str] = set()
         self._written = 0  # bytes of the largest masked weight that an operation was given
+        self._full: int | None = None  # the level that is the full network, if the grid makes it
         self._footprint: Footprint | None = None
 
     @torch.inference_mode(mode=False)  # where in-place work leaves no trace
@@ -109,7 +111,7 @@ class GridForward:
         """
         if self._footprint is None:
             self._prepare(batch)
-        return self._fitting(levels, min(self._budget, ACTIVATION_BYTES))
+        return self._fitting(levels + (self._full is not None), min(self._budget, ACTIVATION_BYTES))
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -163,7 +165,7 @@ class GridForward:
             result[:, begin:end] = self._chunk_losses(network, part, active)
             return end - begin
 
-        chunks = self._example_chunks(size, len(active))
+        chunks = self._example_chunks(size, len(self._evaluated(active)))
         mine = [chunk for chunk in chunks if share is None or next(share)]
         if done is not None:
             done(size - sum(end - begin for begin, end in mine))
@@ -172,40 +174,48 @@ class GridForward:
                 done(count)
         return result
 
+    def _evaluated(self, active: Sequence[int]) -> Sequence[int]:
+        """The levels whose outputs the grid makes: these, and that of the full network."""
+        if self._full is None or self.fallback is not None or active[0] == self._full:
+            return active
+        return [self._full, *active]
+
     def _chunk_losses(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
-        full = network(batch)
-        size, first, values = batch_length(batch), 0, []
-        _check_outputs(full, size)
-        reference = reference_of(full, batch)
-        while first < len(active):
-            chunk = active[first : first + self._level_chunk(size)]
-            values.append(self._grid_losses(network, batch, chunk, reference))
-            first += len(chunk)
+        size, levels = batch_length(batch), self._evaluated(active)
+        full = None if levels[0] == self._full and self.fallback is None else network(batch)
+        reference: Reference | None = None
+        values = []
+        for outputs in self._outputs(network, batch, levels):
+            if reference is None:
+                full = outputs[0] if full is None else full
+                _check_outputs(full, size)
+                reference = reference_of(full, batch)
+                outputs = outputs[len(levels) - len(active) :]
+            if len(outputs):
+                values.append(self._losses_of(outputs, reference))
         return torch.cat(values, dim=-1)
 
-    def _grid_losses(
-        self, network: Network, batch: Any, active: Sequence[int], reference: Reference
-    ) -> Tensor:
-        """Losses of one chunk, [losses, B, levels]; falls back level by level where it must."""
-        if self.fallback is None:
-            try:
-                outputs = self._grid_outputs(network, batch, active)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                # Infinite activations are of some examples; the others may go on as before.
-                if "holds infinity or NaN" not in str(error):
-                    self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
-            else:
-                return self._losses_of(outputs, reference)
-        return torch.cat(
-            [
-                self._losses_of(self._masked_outputs(network, batch, j)[None], reference)
-                for j in active
-            ],
-            dim=-1,
-        )
+    def _outputs(self, network: Network, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
+        """The outputs [some levels, B, ...] of all in turn; level by level where it must be."""
+        size, first = batch_length(batch), 0
+        while first < len(levels):
+            chunk = levels[first : first + self._level_chunk(size)]
+            first += len(chunk)
+            if self.fallback is None:
+                try:
+                    outputs = self._grid_outputs(network, batch, chunk)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    # Infinite activations are of some examples; the others may go on as before.
+                    if "holds infinity or NaN" not in str(error):
+                        self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
+                else:
+                    yield outputs
+                    continue
+            for j in chunk:
+                yield self._masked_outputs(network, batch, j)[None]
 
     def _losses_of(self, outputs: Tensor, reference: Reference) -> Tensor:
         """Losses [losses, B, levels] of outputs [levels, B, ...]."""
@@ -267,6 +277,10 @@ class GridForward:
         self._find_unused(part, full, probe.met)
         if self.levels.total:
             self._cross_check(part)
+        if int(self.levels.counts[0]) == 0 and any(
+            layer.filtered for layer in self._layers.values()
+        ):
+            self._full = 0
         self._footprint = probe.footprint(size, self._written)
 
     def _check_independence(self, batch: Any, full: Tensor) -> None:
