@@ -903,7 +903,7 @@ def test_large_weights_that_are_not_written_out_do_not_split_the_grid():
         model, prune_levels(model, GRID), [DISTANCE], activation_bytes=200 * 600 * 4 * 4
     )
     grid.evaluate(torch.randn(4, 600), [0])
-    assert grid._level_chunk(4) >= len(GRID)
+    assert grid._footprint.levels_at_once(4, grid._budget) >= len(GRID)
 
 
 def test_capacity_fills_the_lanes_with_few_activations_or_is_nothing():
@@ -914,7 +914,7 @@ def test_capacity_fills_the_lanes_with_few_activations_or_is_nothing():
         grid = GridForward(model, prune_levels(model, GRID), [DISTANCE], activation_bytes=budget)
         found = [grid.capacity(examples, levels) for levels in (1, 2, 3)]
         assert all(
-            list(grid._example_chunks(n, levels)) == [(0, n)]
+            list(grid._footprint.example_chunks(n, levels, budget)) == [(0, n)]
             for levels, n in enumerate(found, start=1)
             if n
         )

@@ -69,6 +69,16 @@ def test_any_number_of_threads_gives_the_same_losses(model, number):
     assert 1 < len(workers()) <= 4
 
 
+@pytest.mark.parametrize("chunks", [8, 9, 10, 11])
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_chunks_that_are_left_are_shared_by_levels(model, number, chunks):
+    whole = evaluated(model, 1, (BUILT_IN["soft_disagreement"],), n=128 * chunks - 5)
+    found = evaluated(model, number, (BUILT_IN["soft_disagreement"],), n=128 * chunks - 5)
+    assert torch.equal(found, whole)
+    if chunks >= 2 * number:
+        assert workers()
+
+
 def test_the_loss_matrix_is_the_same(model):
     levels, x = prune_levels(model, GRID), torch.randn(2000, 6)
     with threads(1):

@@ -18,28 +18,23 @@ from torch import Tensor, nn
 
 from confprune.batches import batch_length, slice_batch
 from confprune.calling import Forward, reference_of
+from confprune.grid.chunks import ACTIVATION_BYTES, Footprint, Piece, default_budget, pieces
 from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.mode import GridMode
 from confprune.grid.network import Network
-from confprune.grid.probe import Footprint, Probe
+from confprune.grid.probe import Probe
 from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 from confprune.ops import check_kernels
-
-ACTIVATION_BYTES = 64 << 20
-"""Default budget on the CPU for the activations of the levels and examples of a chunk."""
-
-_GPU_SHARE = 8  # of whose memory one part is the budget
 
 _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
 return it after every call, and the next activations cost no page faults."""
 
 _WORKERS = 4  # more would wait for Python
-_LIVE = 4  # activations of the largest size that are alive at once, roughly
 _CHECK_EXAMPLES = 4
 _CHECK_LEVELS = 3
 
@@ -83,7 +78,7 @@ class GridForward:
         self.losses = tuple(losses)
         self.fallback: str | None = None
         self._network = Network(model, forward)
-        self._budget = activation_bytes or _default_budget(self._network.device)
+        self._budget = activation_bytes or default_budget(self._network.device)
         # What others wrote may keep things between its calls.
         pure = forward is None and all(loss.vmappable for loss in losses)
         pure = pure and self._network.device.type == "cpu"
@@ -109,9 +104,8 @@ class GridForward:
         Their number fills the lanes of the products, and their activations are few whatever the
         budget; 0 where these cannot be both.
         """
-        if self._footprint is None:
-            self._prepare(batch)
-        return self._fitting(levels + (self._full is not None), min(self._budget, ACTIVATION_BYTES))
+        budget = min(self._budget, ACTIVATION_BYTES)
+        return self._prepared(batch).fitting(levels + (self._full is not None), budget)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -154,22 +148,23 @@ class GridForward:
         done: Callable[[int], object] | None,
         share: Iterator[bool] | None,
     ) -> Tensor:
-        if self._footprint is None:
-            self._prepare(batch)
+        footprint = self._prepared(batch)
         shape = len(self.losses), size, len(active)
         result = torch.zeros(shape, dtype=torch.float32, device=self._network.device)
 
-        def run(network: Network, chunk: tuple[int, int]) -> int:
-            begin, end = chunk
+        def run(network: Network, piece: Piece) -> int:
+            begin, end, first, step = piece
             part = slice_batch(batch, begin, end)
-            result[:, begin:end] = self._chunk_losses(network, part, active)
-            return end - begin
+            losses = self._chunk_losses(network, part, active[first::step])
+            result[:, begin:end, first::step] = losses
+            return end - begin if first == 0 else 0
 
-        chunks = self._example_chunks(size, len(self._evaluated(active)))
+        chunks = footprint.example_chunks(size, len(self._evaluated(active)), self._budget)
         mine = [chunk for chunk in chunks if share is None or next(share)]
         if done is not None:
             done(size - sum(end - begin for begin, end in mine))
-        for count in self._workers.map(run, mine):
+        workers = self._workers.side_by_side(len(mine))
+        for count in self._workers.map(run, pieces(mine, len(active), workers)):
             if done is not None:
                 done(count)
         return result
@@ -198,10 +193,9 @@ class GridForward:
 
     def _outputs(self, network: Network, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
         """The outputs [some levels, B, ...] of all in turn; level by level where it must be."""
-        size, first = batch_length(batch), 0
-        while first < len(levels):
-            chunk = levels[first : first + self._level_chunk(size)]
-            first += len(chunk)
+        step = self._prepared(batch).levels_at_once(batch_length(batch), self._budget)
+        for first in range(0, len(levels), step):
+            chunk = levels[first : first + step]
             if self.fallback is None:
                 try:
                     outputs = self._grid_outputs(network, batch, chunk)
@@ -258,7 +252,13 @@ class GridForward:
         masked = {layer.name: layer.masked(j) for layer in self._layers.values()}
         return network.with_weights(masked, batch)
 
-    def _prepare(self, batch: Any) -> None:
+    def _prepared(self, batch: Any) -> Footprint:
+        """What an example costs, after the checks on a few of the first batch."""
+        if self._footprint is None:
+            self._footprint = self._prepare(batch)
+        return self._footprint
+
+    def _prepare(self, batch: Any) -> Footprint:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
@@ -281,7 +281,7 @@ class GridForward:
             layer.filtered for layer in self._layers.values()
         ):
             self._full = 0
-        self._footprint = probe.footprint(size, self._written)
+        return probe.footprint(size, self._written)
 
     def _check_independence(self, batch: Any, full: Tensor) -> None:
         """Warn where an example's outputs depend on its batch: its losses are not independent."""
@@ -344,26 +344,6 @@ class GridForward:
             stacklevel=2,
         )
 
-    def _example_chunks(self, size: int, levels: int) -> Iterator[tuple[int, int]]:
-        """Ranges of examples: as many as fit with all levels, but enough to fill the vectors."""
-        assert self._footprint is not None
-        per_example = self._footprint.plain * _LIVE
-        most = max(self._fitting(levels, self._budget), self._footprint.examples)
-        step = max(1, min(most, self._budget // max(1, per_example)))
-        for begin in range(0, size, step):
-            yield begin, min(size, begin + step)
-
-    def _fitting(self, levels: int, budget: int) -> int:
-        """Examples whose activations at so many levels fit the budget, in full lanes."""
-        assert self._footprint is not None
-        fit = budget // max(1, self._footprint.activation * _LIVE * levels)
-        return fit - fit % self._footprint.examples
-
-    def _level_chunk(self, examples: int) -> int:
-        assert self._footprint is not None
-        per_level = self._footprint.activation * _LIVE * examples + self._footprint.weight
-        return max(1, self._budget // max(1, per_level))
-
 
 class _NotSeen(RuntimeError):
     """A prunable weight was used where no torch function saw it."""
@@ -387,13 +367,6 @@ def _check_values(loss: Loss, values: object, shape: tuple[int, ...]) -> None:
             f"loss {loss.name!r} returned {type(values).__name__ if found is None else found} for "
             f"{shape[-1]} examples; it must return one value per example, a tensor [B]"
         )
-
-
-def _default_budget(device: torch.device) -> int:
-    """Bytes for activations where none were asked for."""
-    if device.type != "cuda":
-        return ACTIVATION_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory) // _GPU_SHARE
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from confprune.grid.chunks import Footprint
 from confprune.grid.functions import LAYOUT, METADATA
 from confprune.grid.fusion import LAYER_CALLS, Fusion
 from confprune.grid.layers import Layer
@@ -17,18 +18,6 @@ from confprune.grid.watcher import Watcher
 _LANES = 128  # vectors that the products take together
 _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _LEAST_ACTIVATION = 320  # bytes: more examples together gain nothing, and are hard to share out
-
-
-class Footprint(NamedTuple):
-    """Bytes that one example or one level costs, and the examples that fill the lanes.
-
-    `plain` is `activation` in a run of one level, where layers write what is between them.
-    """
-
-    activation: int
-    plain: int
-    weight: int
-    examples: int
 
 
 class Probe(TorchFunctionMode):

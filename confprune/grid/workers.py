@@ -43,18 +43,22 @@ class Workers:
         self._free: SimpleQueue[nn.Module | None] = SimpleQueue()  # copies that no thread runs
         self._copies = 0
 
+    def side_by_side(self, items: int) -> int:
+        """How many of so many items are under way at once.
+
+        1 where there are few, or where networks side by side might meet.
+        """
+        size = min(torch.get_num_threads(), self._most)
+        alone = size < 2 or items < 2 * size or self._copy is None
+        return 1 if alone or not _is_plain(self._network) else size
+
     def map(
         self, function: Callable[[Any, Item], Result], items: Iterable[Item]
     ) -> Iterator[Result]:
-        """``function(network, item)`` of each item, in order, without gradients.
-
-        One after the other where there are few, or where networks side by side might meet.
-        """
-        items = list(items)
-        threads = torch.get_num_threads()
-        size = min(threads, self._most)
-        alone = size < 2 or len(items) < 2 * size or self._copy is None
-        if alone or not _is_plain(self._network):
+        """``function(network, item)`` of each item, in order, without gradients."""
+        items, threads = list(items), torch.get_num_threads()
+        size = self.side_by_side(len(items))
+        if size == 1:
             for item in items:
                 yield function(self._network, item)
             return
