@@ -146,8 +146,9 @@ def early_test(
 def _stride(test: SequentialTest, evaluation: Evaluation, batch: Any, seen: int) -> int:
     """How many examples to evaluate next: up to the look, and past it where that costs little.
 
-    Not past the first look that may reject a level, and later not past twice the next, because what
-    is evaluated of levels that a look drops is of no use.
+    Evaluations of a level beyond the look that settles it are lost. So nothing is evaluated beyond
+    the first look that can reject levels, as it does with most of them, and later beyond twice the
+    next look.
     """
     to_next = test.next_look - seen
     room = evaluation.capacity(batch, test.active)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,39 +58,59 @@ def visits_each_once(loader: DataLoader[Any]) -> bool:
     )
 
 
-def examples_of(data: Any) -> list[tuple[Any, NDArray[np.int64] | None]]:
-    """The datasets behind loaders, subsets and concatenations, with the indices taken of each.
+class Source(NamedTuple):
+    """A dataset behind loaders and subsets, and what they take of it.
 
-    None is all of them, as are indices that cannot be read: those of a sampler of the user's own.
+    Attributes
+    ----------
+    dataset : Any
+    taken : [m] int64, or None
+        Indices; None for all.
+    known : bool
+        Whether all of these are taken, and not some: a sampler of the user's own may leave some
+        out, and indices of unknown types cannot be read.
+    """
+
+    dataset: Any
+    taken: NDArray[np.int64] | None
+    known: bool
+
+
+def sources_of(data: Any) -> list[Source]:
+    """What loaders, subsets and concatenations take of the datasets behind them.
 
     Examples
     --------
     >>> import torch
     >>> data = torch.zeros(7, 3)
-    >>> [(_, taken)] = examples_of(DataLoader(Subset(data, range(2, 7)), sampler=[0, 4]))
-    >>> taken
+    >>> [source] = sources_of(DataLoader(Subset(data, range(2, 7)), sampler=[0, 4]))
+    >>> source.taken
     array([2, 6])
     """
     if isinstance(data, DataLoader):
-        return _chosen(data.dataset, _indices(_sampled(data)))
-    return _chosen(data, None) if isinstance(data, Dataset) else []
+        sampled = _sampled(data)
+        own = _indices(sampled)
+        known = own is not None or isinstance(sampled, SequentialSampler | RandomSampler)
+        return _chosen(Source(data.dataset, own, known))
+    return _chosen(Source(data, None, True)) if isinstance(data, Dataset) else []
 
 
-def _chosen(
-    data: Any, taken: NDArray[np.int64] | None
-) -> list[tuple[Any, NDArray[np.int64] | None]]:
-    """What is behind a dataset, of which these indices are taken."""
+def _chosen(source: Source) -> list[Source]:
+    """The same behind a subset or a concatenation."""
+    data, taken, known = source
     if taken is not None and isinstance(data, Sized):
         taken = taken % max(1, len(data))  # negative ones count from the end
     if isinstance(data, Subset):
         inner = _indices(data.indices)
-        return _chosen(data.dataset, inner if inner is None or taken is None else inner[taken])
+        if inner is None:
+            return _chosen(Source(data.dataset, None, False))
+        return _chosen(Source(data.dataset, inner if taken is None else inner[taken], known))
     if not isinstance(data, ConcatDataset):
-        return [(data, taken)]
+        return [Source(data, taken, known)]
     found, start = [], 0
     for part, stop in zip(data.datasets, data.cumulative_sizes, strict=True):
         here = None if taken is None else taken[(taken >= start) & (taken < stop)] - start
-        found += _chosen(part, here)
+        found += _chosen(Source(part, here, known))
         start = stop
     return found
 
@@ -108,7 +128,7 @@ def _indices(values: Any) -> NDArray[np.int64] | None:
     """Integers that can be read, as an array; None for anything else."""
     if not isinstance(values, list | tuple | range | np.ndarray | Tensor):
         return None
-    found = np.asarray(values)
+    found = np.asarray(values, dtype=None if len(values) else np.int64)
     return found.astype(np.int64) if found.dtype.kind in "iu" and found.ndim == 1 else None
 
 
@@ -126,12 +146,16 @@ def why_dependent(data: Any) -> str | None:
     """
     if isinstance(data, DataLoader) and (why := _why_sampled(data)):
         return why
+    sources = sources_of(data)
+    several = len(sources) > 1
     by_dataset: dict[int, list[NDArray[np.int64]]] = {}
-    sources = examples_of(data)
-    for dataset, taken in sources:
-        if taken is None:
-            taken = np.arange(len(dataset) if isinstance(dataset, Sized) and sources[1:] else 1)
-        by_dataset.setdefault(id(dataset), []).append(taken)
+    for dataset, taken, known in sources:
+        if several and not known:
+            continue
+        if several and taken is None:
+            taken = np.arange(len(dataset))  # as concatenations do
+        if taken is not None:
+            by_dataset.setdefault(id(dataset), []).append(taken)
     for parts in by_dataset.values():
         every = np.concatenate(parts)
         if len(different := np.unique(every)) < len(every):

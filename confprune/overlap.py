@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from confprune.loaders import examples_of
+from confprune.loaders import sources_of
 
 
 def overlap(first: Any, second: Any) -> bool:
@@ -33,10 +33,10 @@ def overlap(first: Any, second: Any) -> bool:
     if first is second:
         return True
     same = [
-        (taken, other_taken)
-        for dataset, taken in examples_of(first)
-        for other, other_taken in examples_of(second)
-        if dataset is other
+        (one.taken if one.known else None, other.taken if other.known else None)
+        for one in sources_of(first)
+        for other in sources_of(second)
+        if one.dataset is other.dataset
     ]
     if same:
         return any(

@@ -347,9 +347,10 @@ def collect_keys(
     limit: int,
     below: np.ndarray,
 ) -> np.ndarray:
-    """The keys in [low, high] among those with each prefix, sorted; those under it go to `below`.
+    """The keys in [low, high] among those with each prefix, sorted.
 
-    Of these only the number. Ends early once there are more than `limit` keys.
+    The numbers of keys with each prefix that are under `low` are added to `below`. Ends early once
+    there are more than `limit` keys.
     """
     tables = _Tables(prefixes, low, high)
     under = {torch.device("cpu"): torch.from_numpy(below)}

@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_rows(const Tensor& weight, con
   Tensor values = at::empty({start[cells]}, weight.options().dtype(compute_type(weight)));
   Tensor columns = at::empty({start[cells]}, weight.options().dtype(at::kShort));
   at::parallel_for(0, m.rows, grain, [&](int64_t begin, int64_t end) {
-    fill_prefixes(m, begin, end, block, num_levels, start, counts.const_data_ptr<int16_t>(),
-                  values.data_ptr(), columns.data_ptr<int16_t>());
+    fill_prefixes(m, begin, end, block, num_levels, start, values.data_ptr(),
+                  columns.data_ptr<int16_t>());
   });
   return {values, columns, starts, counts};
 }

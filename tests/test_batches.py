@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserList
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -358,6 +358,7 @@ def test_samplers_of_a_part_of_the_examples_are_taken(sampler):
         ConcatDataset([Subset(TWICE, [0, 1, 2]), Subset(TWICE, [2, 3])]),
         Subset(ConcatDataset([TWICE, TensorDataset(Y), TWICE]), [1, 8, -6]),
         DataLoader(ConcatDataset([TWICE, ConcatDataset([TensorDataset(Y), TWICE])]), batch_size=2),
+        DataLoader(ConcatDataset([TWICE, TWICE]), shuffle=True),
     ],
 )
 def test_indices_that_repeat_examples_do_not_calibrate(data):
@@ -365,6 +366,10 @@ def test_indices_that_repeat_examples_do_not_calibrate(data):
         check_independent(data)
     with pytest.raises(ValueError, match="indices repeat examples"):
         confprune.calibrate(nn.Linear(2, 2), data, loss="disagreement", alpha=0.5, delta=0.5)
+
+
+class OwnIndices(UserList):
+    """A sequence that nobody knows."""
 
 
 class OwnSampler(Sampler):
@@ -388,6 +393,9 @@ class OwnSampler(Sampler):
         ConcatDataset([TWICE, TensorDataset(X)]),
         ConcatDataset([Subset(TWICE, [0, 1, 2]), Subset(TWICE, [3, 4])]),
         Subset(ConcatDataset([TWICE, TWICE]), [0, 8, -2]),
+        ConcatDataset([Subset(TWICE, []), TWICE]),
+        ConcatDataset([Subset(TWICE, OwnIndices([0, 1])), Subset(TWICE, OwnIndices([2]))]),
+        DataLoader(ConcatDataset([TWICE, TWICE]), sampler=OwnSampler()),
     ],
 )
 def test_indices_that_take_each_example_once_or_cannot_be_read_are_taken(data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -135,6 +136,50 @@ class TestTheFullNetworkAsALevelOfTheGrid:
             expected = slow_losses(model, [data[finite]], levels)[:, active]
             torch.testing.assert_close(losses[1][finite], expected, rtol=0, atol=2e-5)
 
+    def test_losses_may_work_in_place_and_on_views(self, activation_bytes):
+        def in_place(outputs: Tensor, reference: Reference) -> Tensor:
+            difference = outputs.sub_(reference.outputs)
+            return difference.flatten(1).abs().tanh().mean(-1)
+
+        def on_views(outputs: Tensor, reference: Reference) -> Tensor:
+            flat = reference.outputs.view(len(outputs), -1)
+            return (outputs.flatten(1) - flat).abs().tanh().mean(-1)
+
+        model, data = wider_cnn(), torch.randn(9, 1, 9, 9)
+        levels = prune_levels(model, GRID)
+        expected = slow_losses(model, [data], levels)
+        for loss in (in_place, on_views, Loss("in place", in_place, vmappable=True)):
+            settings = {"activation_bytes": activation_bytes, "progress": False}
+            found = loss_matrix(model, data, levels, loss, **settings)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+    @pytest.mark.filterwarnings("ignore:the levels are evaluated one by one")
+    def test_ranks_agree_about_chunks_where_one_of_them_falls_back(self, activation_bytes):
+        class Unruly(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = wider_cnn()
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.layers(x)
+                return y if x.abs().max() < 50 else y * (float(y.sum()) < torch.inf)
+
+        model, data = Unruly(), torch.randn(90, 1, 9, 9)
+        data[40] = 100.0
+        levels = prune_levels(model, GRID)
+        settings = {"activation_bytes": activation_bytes}
+        parts, fallbacks = [], set()
+        for turn in (True, False):
+            grid = GridForward(model, levels, [DISTANCE], **settings)
+            mine = itertools.cycle([turn, not turn])
+            for begin in (0, 60):
+                parts.append(grid.evaluate(data[begin : begin + 60], [2, 5], share=mine))
+            fallbacks.add(grid.fallback)
+        assert len(fallbacks) == 2
+        together = torch.cat([parts[0] + parts[2], parts[1] + parts[3]], dim=1)
+        expected = slow_losses(model, [data], levels)[:, [2, 5]]
+        torch.testing.assert_close(together[0], expected, rtol=0, atol=2e-5)
+
     def test_a_model_that_does_not_lend_itself_runs_it_plainly(self, activation_bytes):
         class Unruly(nn.Module):
             def __init__(self) -> None:
@@ -149,6 +194,25 @@ class TestTheFullNetworkAsALevelOfTheGrid:
         levels = prune_levels(model, GRID)
         found = grid_losses(model, data, levels, fallback=ANY, activation_bytes=activation_bytes)
         torch.testing.assert_close(found, slow_losses(model, [data], levels), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "made"),
+    [
+        (nn.Conv2d(16, 16, 3, padding=1), True),
+        (nn.Conv2d(16, 32, 3, 2), True),
+        (nn.Conv2d(16, 16, 3, dilation=2), False),
+        (nn.Conv2d(16, 32, 3, groups=2), False),
+        (nn.Conv2d(16, 15, 3), False),
+        (nn.Conv2d(16, 16, 5), False),
+        (nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 64, 5)), False),
+    ],
+)
+def test_the_grid_makes_the_full_network_where_most_of_it_is_filtered(layer, made):
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), layer)
+    grid = GridForward(model, prune_levels(model, GRID), [DISTANCE])
+    grid.evaluate(torch.randn(4, 1, 12, 12), [3])
+    assert (grid._full == 0) is made
 
 
 def test_the_loss_of_the_unpruned_network_is_zero():

@@ -9,6 +9,7 @@ itself, or is one more level of the grid where that takes less time.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -170,25 +171,28 @@ class GridForward:
         return result
 
     def _evaluated(self, active: Sequence[int]) -> Sequence[int]:
-        """The levels whose outputs the grid makes: these, and that of the full network."""
-        if self._full is None or self.fallback is not None or active[0] == self._full:
+        """The levels that are evaluated: these, after that of the full network if it is one.
+
+        They settle how examples are taken apart, which ranks must agree about.
+        """
+        if self._full is None or active[0] == self._full:
             return active
         return [self._full, *active]
 
     def _chunk_losses(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
-        size, levels = batch_length(batch), self._evaluated(active)
-        full = None if levels[0] == self._full and self.fallback is None else network(batch)
-        reference: Reference | None = None
-        values = []
-        for outputs in self._outputs(network, batch, levels):
-            if reference is None:
-                full = outputs[0] if full is None else full
-                _check_outputs(full, size)
-                reference = reference_of(full, batch)
-                outputs = outputs[len(levels) - len(active) :]
-            if len(outputs):
-                values.append(self._losses_of(outputs, reference))
+        levels = self._evaluated(active)
+        outputs = self._outputs(network, batch, levels)
+        if self._full is None:
+            full = network(batch)
+        else:
+            first = next(outputs)
+            # A copy: a loss may work in place on the outputs of the same level.
+            full = first[0].clone(memory_format=torch.contiguous_format)
+            outputs = itertools.chain([first[len(levels) - len(active) :]], outputs)
+        _check_outputs(full, batch_length(batch))
+        reference = reference_of(full, batch)
+        values = [self._losses_of(part, reference) for part in outputs if len(part)]
         return torch.cat(values, dim=-1)
 
     def _outputs(self, network: Network, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
@@ -271,15 +275,13 @@ class GridForward:
         reference = reference_of(full, part)
         for loss in self.losses:
             check_shapes(loss, full, reference)
-            values = loss(full, reference)
+            values = loss(full.clone(), reference)
             _check_values(loss, values, (size,))
         self._check_independence(part, full)
         self._find_unused(part, full, probe.met)
         if self.levels.total:
             self._cross_check(part)
-        if int(self.levels.counts[0]) == 0 and any(
-            layer.filtered for layer in self._layers.values()
-        ):
+        if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
 

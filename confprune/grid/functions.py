@@ -21,6 +21,7 @@ from confprune.grid.levels_at_once import depends_on_level, levels_at_once
 if TYPE_CHECKING:
     from confprune.grid.mode import GridMode
 
+_FILTERED_CHANNELS = 16  # from which on minimal filtering is faster
 _MAX_POOL = 3  # side of the largest window that is pooled view by view
 
 
@@ -117,6 +118,39 @@ def each(value: Any, dimensions: int) -> list[int]:
     """A setting of a convolution for each of its dimensions, given for all or one by one."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dimensions if len(values) == 1 else values
+
+
+def is_filtered(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether minimal filtering makes ``F.conv2d`` of these arguments where its weight is dense.
+
+    As `is_winograd` of csrc/kernels/grid_product.cpp has it, of inputs that depend on the level.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from confprune.grid.functions import is_filtered
+    >>> x, weight = torch.zeros(1, 16, 9, 9), torch.zeros(16, 16, 3, 3)
+    >>> is_filtered(x, weight), is_filtered(x, weight, dilation=2)
+    (True, False)
+    """
+    steps = each(stride, 2)
+    return (
+        not weight.is_cuda
+        and weight.dtype != torch.float64
+        and weight.shape[2:] == (3, 3)
+        and min(weight.shape[:2]) >= _FILTERED_CHANNELS
+        and steps[0] == steps[1] <= 2
+        and each(dilation, 2) == [1, 1]
+        and groups == 1
+    )
 
 
 def _multi_head(mode: GridMode, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,6 @@ from confprune.grid.fusion import MOST_SHARED
 
 _BLOCK = 64  # columns whose inputs stay in the first-level cache
 _TAPS_BLOCK = 96  # the same where neighbouring columns of a convolution share inputs
-_FILTERED = 16  # channels from which on convolutions are made by minimal filtering
 
 
 class Layer:
@@ -29,13 +28,6 @@ class Layer:
         self.num_levels = num_levels
         self._rows: dict[Any, tuple[list[Tensor], int, int]] = {}
         self._making = Lock()
-
-    @property
-    def filtered(self) -> bool:
-        """Whether minimal filtering makes this convolution in less time than the plain network."""
-        shape = self.weight.shape
-        wide = self.weight.is_cuda or self.weight.dtype == torch.float64
-        return not wide and shape[2:] == (3, 3) and min(shape[:2]) >= _FILTERED
 
     def masked(self, level: Tensor | int) -> Tensor:
         """The weight at one level, which may be a tensor that vmap batches."""

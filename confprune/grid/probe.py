@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from confprune.grid.chunks import Footprint
-from confprune.grid.functions import LAYOUT, METADATA
+from confprune.grid.functions import LAYOUT, METADATA, is_filtered
 from confprune.grid.fusion import LAYER_CALLS, Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.watcher import Watcher
@@ -29,6 +30,7 @@ class Probe(TorchFunctionMode):
         self._largest = 0
         self._by_fusion: list[tuple[Fusion, int]] = []  # and the size of what is on its way
         self._work = 0  # of the layer with the most operations
+        self._all_work = self._filtered_work = 0  # of all layers, and of some convolutions
         self._rows = 0  # vectors it takes; 0 for a convolution
         self._watcher = Watcher(lambda value: id(value) in layers)
         self.met: set[str] = set()
@@ -44,8 +46,12 @@ class Probe(TorchFunctionMode):
         self._watcher.see(func, args, kwargs or {}, result)
         weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
         if weights:
+            first = not self.met
             self.met.update(self._layers[id(weight)].name for weight in weights)
             work = result.numel() * weights[0][0].numel() if func in LAYER_CALLS else 0
+            self._all_work += work
+            if func is torch.conv2d and not first and is_filtered(*args, **(kwargs or {})):
+                self._filtered_work += work
             if work > self._work:
                 self._work, matrix = work, weights[0].ndim == 2
                 self._rows = result.numel() // result.shape[-1] if matrix else 0
@@ -66,6 +72,11 @@ class Probe(TorchFunctionMode):
         """What follows each call of a layer, `outputs` being what the model returned."""
         self._watcher.end(outputs)
         return self._watcher.fusions()
+
+    @property
+    def mostly_filtered(self) -> bool:
+        """Whether minimal filtering, which the plain network lacks, makes most of the products."""
+        return 2 * self._filtered_work > self._all_work
 
     def footprint(self, size: int, weight: int) -> Footprint:
         """What one of `size` examples costs; `weight` is that of a masked weight."""

@@ -193,9 +193,10 @@ class SequentialTest:
 
     @cached_property
     def first_rejection(self) -> int:
-        """Number of examples at the first look that may reject a level.
+        """Number of examples before which no look can reject a level.
 
-        Without any loss, that is: so rare with a risk of alpha that a valid test has room for it.
+        Not even one without losses. With a risk of alpha that has probability (1 - alpha)^n, and
+        no test of some error rejects what is more probable than that.
         """
         sizes = np.array(self._plan.sizes)
         possible = np.ones(len(sizes), dtype=bool)

@@ -42,9 +42,8 @@ from confprune.risk.testing import BoolArray
 _BETTING_COST = 1.15
 """What betting needs beyond its first-order boundary; by simulation. Only guides giving up."""
 
-
 _SMALLEST = 1e-300
-"""Stands for a standard deviation of 0, and can be divided by."""
+"""Standard deviations are at least so large, to be divided by."""
 
 
 @dataclass(frozen=True, eq=False)

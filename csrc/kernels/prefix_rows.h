@@ -45,9 +45,8 @@ struct LevelledMatrix {
 int64_t count_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end,
                        int64_t block, int64_t num_levels, int16_t* counts, int64_t* starts);
 
-// Fills values and columns, given the counts and the running sum of `starts`.
+// Fills values and columns, given the running sum of `starts`.
 void fill_prefixes(const LevelledMatrix& matrix, int64_t row_begin, int64_t row_end, int64_t block,
-                   int64_t num_levels, const int64_t* starts, const int16_t* counts, void* values,
-                   int16_t* columns);
+                   int64_t num_levels, const int64_t* starts, void* values, int16_t* columns);
 
 }  // namespace confprune
