@@ -26,6 +26,7 @@ from confprune.findings import Findings, early_test, fixed_test
 from confprune.grid import GridForward
 from confprune.levels import PruneLevels
 from confprune.losses import Loss
+from confprune.parameters import named_parameters
 from confprune.question import Question
 from confprune.risk.control import conformal_risk_control, monotonise, rcps
 from confprune.risk.inputs import FloatArray, IntArray, loss_sums
@@ -49,7 +50,7 @@ def certify(
     ranks: Ranks,
 ) -> Certificate:
     """Evaluate, test, and write down what may be claimed."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         if is_sharded(parameter):
             raise ValueError(
                 f"parameter {name!r} is sharded over ranks; calibration runs the whole model on "
@@ -302,7 +303,7 @@ def pruning_of(
     model: nn.Module, levels: PruneLevels, score_data: ScoreData | None = None
 ) -> Pruning:
     """How these levels prune this model, with the fingerprint of its weights."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model)
     return Pruning(
         scope=levels.scope,
         criterion=levels.criterion,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from confprune.parameters import is_linear
+from confprune.parameters import is_linear, named_parameters
 
 
 def inputs_first(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
@@ -33,7 +33,7 @@ def inputs_first(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
             groups[id(weight)] = int(module.groups)
         elif is_linear(module) and not isinstance(module, nn.Linear):
             groups[id(weight)] = 1
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model)
     return {name: groups[id(parameters[name])] for name in names if id(parameters[name]) in groups}
 
 

@@ -18,7 +18,12 @@ from confprune.criteria import CriterionLike, Scores, Statistics, resolve_criter
 from confprune.distributed import ALONE, Ranks
 from confprune.layout import inputs_first as find_inputs_first
 from confprune.ops import check_kernels
-from confprune.parameters import ParameterFilter, detached, prunable_parameters
+from confprune.parameters import (
+    ParameterFilter,
+    detached,
+    named_parameters,
+    prunable_parameters,
+)
 from confprune.patterns import resolve_pattern
 from confprune.risk.inputs import check_grid
 from confprune.sharding import aligned, layer_counts, sharding_of
@@ -115,7 +120,7 @@ class PruneLevels:
         self.check_model(model)
         pruned = copy.deepcopy(model)
         with torch.no_grad():
-            for name, parameter in _parameters(pruned).items():
+            for name, parameter in named_parameters(pruned).items():
                 if name in self.levels:
                     levels = self.levels[name].to(parameter.device)
                     parameter.masked_fill_(levels <= j, 0)
@@ -123,7 +128,7 @@ class PruneLevels:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the levelled parameters, in their shapes."""
-        present = _parameters(model)
+        present = named_parameters(model)
         for name, levels in self.levels.items():
             if name not in present:
                 raise ValueError(f"the model has no parameter {name!r}, which these levels prune")
@@ -284,7 +289,3 @@ def check_sparsities(sparsities: Sequence[float] | np.ndarray | Tensor) -> tuple
     if isinstance(sparsities, Tensor):
         sparsities = sparsities.detach().cpu().numpy()
     return check_grid(sparsities)
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
+_COMPILED = "_orig_mod"  # the attribute in which torch.compile wraps a module
+
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -48,7 +50,8 @@ def prunable_parameters(
     if parameters is None:
         chosen = _layer_weights(model)
     elif callable(parameters):
-        chosen = {n: p for n, p in model.named_parameters() if parameters(n, p)}
+        first = named_parameters(model, remove_duplicate=True)
+        chosen = {n: p for n, p in first.items() if parameters(n, p)}
     else:
         chosen = _named(model, parameters)
     for name, parameter in chosen.items():
@@ -68,6 +71,37 @@ def prunable_parameters(
     if not chosen:
         raise ValueError(f"the model has no prunable weights: {_why_none(model)}")
     return chosen
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter or module has where nothing is compiled.
+
+    Examples
+    --------
+    >>> from confprune.parameters import plain_name
+    >>> plain_name("_orig_mod.body._orig_mod.0.weight")
+    'body.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def named_parameters(
+    model: nn.Module, *, remove_duplicate: bool = False
+) -> dict[str, nn.Parameter]:
+    """A model's parameters, by the names that they have where nothing is compiled."""
+    named = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {plain_name(name): parameter for name, parameter in named}
+
+
+def compiled_part(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile made this one of; None if it made none."""
+    return module._modules.get(_COMPILED)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """A model and all that it is made of, by the names that they have where nothing is compiled."""
+    named = model.named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named}  # what is compiled, not its wrapper
 
 
 def _why_none(model: nn.Module) -> str:
@@ -143,9 +177,9 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
             "parameters must be names, or a predicate (name, parameter) -> bool, got "
             f"{type(names).__name__}"
         )
-    every = dict(model.named_parameters(remove_duplicate=False))
+    every = named_parameters(model)
     wanted = set()
-    for name in names:
+    for name in map(plain_name, names):
         if name not in every:
             raise ValueError(
                 f"parameters names {name!r}, which the model does not have; its parameters are "
@@ -157,7 +191,8 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
 
 def _in_order(model: nn.Module, wanted: set[int]) -> dict[str, nn.Parameter]:
     """The parameters with these identities, however they were found: ties go by this order."""
-    return {n: p for n, p in model.named_parameters() if id(p) in wanted}
+    first = named_parameters(model, remove_duplicate=True)
+    return {n: p for n, p in first.items() if id(p) in wanted}
 
 
 def _listing(names: Iterable[str], most: int = 12) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,27 @@ def test_where_the_grid_makes_the_full_network_it_is_not_run_by_itself():
         assert calls == [40]
         grid.evaluate(data, [0, 3])
         assert calls == [40, 40]
+
+
+@pytest.mark.parametrize("network", [perceptron, wider_cnn])
+def test_outputs_are_let_go_before_others_are_made(network, monkeypatch):
+    model = network()
+    data = torch.randn(8, 1, 9, 9) if network is wider_cnn else torch.randn(8, 10)
+    made: list[weakref.ref[Tensor]] = []
+    held = []
+    outputs_of = GridForward._grid_outputs
+
+    def noted(self: GridForward, *arguments: Any) -> Tensor:
+        held.append(sum(outputs() is not None for outputs in made))
+        outputs = outputs_of(self, *arguments)
+        made.append(weakref.ref(outputs))
+        return outputs
+
+    monkeypatch.setattr(GridForward, "_grid_outputs", noted)
+    grid = GridForward(model, prune_levels(model, GRID), [DISTANCE], activation_bytes=1)
+    grid.evaluate(data, range(len(GRID)))
+    assert len(held) > len(GRID)
+    assert held == [0] * len(held)
 
 
 @pytest.mark.parametrize("activation_bytes", [1, 50_000, 1 << 30])

@@ -11,22 +11,20 @@ from torch import Tensor, nn
 
 import confprune
 from confprune.certificate.fingerprint import difference
+from confprune.parameters import named_modules
 from confprune.sparse.modules import SparseLayer
 
 if TYPE_CHECKING:
     from confprune.certificate import Certificate
 
 
-def deployed_weight(model: nn.Module, name: str) -> Tensor | None:
+def _deployed_weight(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     """A parameter of a network, dense where a sparse layer holds it; None if there is none."""
     path, _, leaf = name.rpartition(".")
-    try:
-        owner = model.get_submodule(path)
-    except AttributeError:
-        return None
+    owner = modules.get(path)
     if isinstance(owner, SparseLayer) and leaf == "weight":
         return owner.weight
-    return owner._parameters.get(leaf)
+    return None if owner is None else owner._parameters.get(leaf)
 
 
 def check_certificate(certificate: object) -> None:
@@ -80,15 +78,17 @@ def _difference(certificate: Certificate, model: nn.Module, pruned: nn.Module | 
     pruning = certificate.pruning
     assert pruning is not None
     found, zeros = {}, {}
+    modules = named_modules(model)
+    others = {} if pruned is None else named_modules(pruned)
     for name, expected in pruning.fingerprint.items():
-        weight = deployed_weight(model, name)
+        weight = _deployed_weight(modules, name)
         if weight is None:
             continue
         dtype = str(weight.dtype).removeprefix("torch.")
         # The hash is of the weights before pruning, which nothing here has.
         found[name] = {**expected, "shape": list(weight.shape), "dtype": dtype}
         zeros[name] = weight.numel() - int(torch.count_nonzero(weight.detach()))
-        own = None if pruned is None else deployed_weight(pruned, name)
+        own = _deployed_weight(others, name)
         if own is not None and found[name] == expected and not torch.equal(weight, own):
             return f"the values of parameter {name!r} are others"
     differs = difference(pruning.fingerprint, found)

@@ -8,13 +8,13 @@ from confprune.certificate.evidence import Pruning
 from confprune.certificate.fingerprint import difference, fingerprint
 from confprune.criteria import Statistics
 from confprune.levels import prune_levels
-from confprune.parameters import check_module
+from confprune.parameters import check_module, named_parameters
 
 
 def check_same_weights(pruning: Pruning, model: nn.Module, way_out: str = "") -> None:
     """Raise ValueError, naming the difference, for another network than the one calibrated."""
     check_module(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model)
     found = {name: parameters[name] for name in pruning.parameters if name in parameters}
     differs = difference(pruning.fingerprint, fingerprint(found))
     if differs is not None:

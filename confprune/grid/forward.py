@@ -30,6 +30,7 @@ from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 from confprune.ops import check_kernels
+from confprune.parameters import named_parameters
 
 _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
@@ -84,7 +85,7 @@ class GridForward:
         pure = forward is None and all(loss.vmappable for loss in losses)
         pure = pure and self._network.device.type == "cpu"
         self._workers = Workers(self._network, most=_WORKERS if pure else 1)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model)
         self._layers = {
             id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
             for name, prune in levels.levels.items()
@@ -190,9 +191,14 @@ class GridForward:
             # A copy: a loss may work in place on the outputs of the same level.
             full = first[0].clone(memory_format=torch.contiguous_format)
             outputs = itertools.chain([first[len(levels) - len(active) :]], outputs)
+            del first
         _check_outputs(full, batch_length(batch))
         reference = reference_of(full, batch)
-        values = [self._losses_of(part, reference) for part in outputs if len(part)]
+        values = []
+        for part in outputs:
+            if len(part):
+                values.append(self._losses_of(part, reference))
+            del part  # before the next are computed
         return torch.cat(values, dim=-1)
 
     def _outputs(self, network: Network, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
@@ -211,6 +217,7 @@ class GridForward:
                         self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
                 else:
                     yield outputs
+                    del outputs
                     continue
             for j in chunk:
                 yield self._masked_outputs(network, batch, j)[None]

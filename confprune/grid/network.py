@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from confprune.batches import copy_batch
 from confprune.calling import Forward, call
+from confprune.parameters import plain_name
 
 
 class Network(nn.Module):
@@ -22,6 +23,8 @@ class Network(nn.Module):
         self.model = model
         self._forward = forward
         self.device = next(model.parameters()).device
+        named = self.named_parameters(remove_duplicate=False)
+        self._names = {plain_name(name.removeprefix("model.")): name for name, _ in named}
 
     def forward(self, batch: Any) -> Tensor:
         """The outputs on a batch [B, ...]."""
@@ -30,7 +33,7 @@ class Network(nn.Module):
 
     def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
         """The outputs with some parameters replaced, tied ones everywhere."""
-        named = {f"model.{name}": weight for name, weight in weights.items()}
+        named = {self._names[name]: weight for name, weight in weights.items()}
         return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
 
 

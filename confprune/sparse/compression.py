@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from confprune.parameters import DTYPES, check_module, is_linear, layer_weight
+from confprune.parameters import DTYPES, check_module, compiled_part, is_linear, layer_weight
 from confprune.sparse.choice import measured_dense_from
 from confprune.sparse.modules import (
     NEVER,
@@ -57,6 +57,7 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
         Layers stay dense, too, if the sparse form is not the smaller one, if they are depthwise
         convolutions, if the weight is tied to another kind of module (an embedding), if they have
         hooks, and within ``nn.MultiheadAttention``, which uses its weights without calling layers.
+        The copy of a compiled model is not compiled.
 
     Raises
     ------
@@ -156,9 +157,17 @@ def dense_from_of(layer: SparseLayer, kernel: str) -> int:
 
 
 def replaced_in(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a model for inference, with other modules in the place of those with given ids."""
+    """A copy of a model for inference, with other modules in the place of those with given ids.
+
+    What is compiled of the model is not in the copy.
+    """
     # A module found in the memo of the copy is not copied itself, nor is its weight.
-    replaced: nn.Module = copy.deepcopy(model, dict(layers))
+    memo: dict[int, Any] = dict(layers)
+    for module in reversed(list(model.modules())):  # inner ones first
+        part = compiled_part(module)
+        if part is not None:
+            memo[id(module)] = copy.deepcopy(part, memo)
+    replaced: nn.Module = copy.deepcopy(model, memo)
     _without_fast_paths(replaced)
     return replaced.requires_grad_(False).eval()
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import confprune
 from confprune.checkpoint.layout import COMPRESSED
 from confprune.files import written_whole
-from confprune.parameters import DTYPES
+from confprune.parameters import DTYPES, named_modules, plain_name
 from confprune.sparse.compression import check_kernel, dense_from_of, replaced_in, sparse_like
 from confprune.sparse.modules import PACKED, SparseLayer
 
@@ -75,8 +75,9 @@ def save_sparse(
         from confprune.certificate.deployed import check_deployed
 
         check_deployed(certificate, model)
-    layers = [name for name, part in model.named_modules() if isinstance(part, SparseLayer)]
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    modules = model.named_modules()
+    layers = [plain_name(name) for name, part in modules if isinstance(part, SparseLayer)]
+    state = {plain_name(name): tensor.detach() for name, tensor in model.state_dict().items()}
     stored, tied = _without_ties(state)
     packed = {_member(layer, name) for layer in layers for name in PACKED}
     bitmaps = {}
@@ -268,7 +269,7 @@ def _decoded(
 
 def _empty(model: nn.Module, layers: list[str], path: str | os.PathLike[str]) -> nn.Module:
     """A copy of the model in which the named layers are sparse and hold nothing."""
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     empty: dict[int, nn.Module] = {}
     for name in layers:
         if name not in modules:
