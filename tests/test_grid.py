@@ -121,6 +121,20 @@ def test_outputs_are_let_go_before_others_are_made(network, monkeypatch):
     assert held == [0] * len(held)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_error_of_the_model_comes_without_a_warning_of_a_fallback():
+    class Fussy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 7:
+                raise RuntimeError("no batches of seven")
+            return super().forward(x)
+
+    model = Fussy(*wider_cnn())
+    data = [torch.randn(n, 1, 9, 9) for n in (8, 7)]
+    with pytest.raises(RuntimeError, match="seven"):
+        loss_matrix(model, data, prune_levels(model, GRID), DISTANCE, progress=False)
+
+
 @pytest.mark.parametrize("activation_bytes", [1, 50_000, 1 << 30])
 class TestTheFullNetworkAsALevelOfTheGrid:
     """Where minimal filtering makes its convolutions, the grid gives the full network too."""

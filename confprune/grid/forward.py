@@ -206,6 +206,7 @@ class GridForward:
         step = self._prepared(batch).levels_at_once(batch_length(batch), self._budget)
         for first in range(0, len(levels), step):
             chunk = levels[first : first + step]
+            reason = ""
             if self.fallback is None:
                 try:
                     outputs = self._grid_outputs(network, batch, chunk)
@@ -214,13 +215,18 @@ class GridForward:
                 except Exception as error:
                     # Infinite activations are of some examples; the others may go on as before.
                     if "holds infinity or NaN" not in str(error):
-                        self._fall_back(f"{type(error).__name__}: {_first_line(error)}")
+                        reason = f"{type(error).__name__}: {_first_line(error)}"
                 else:
                     yield outputs
                     del outputs
                     continue
             for j in chunk:
-                yield self._masked_outputs(network, batch, j)[None]
+                outputs = self._masked_outputs(network, batch, j)
+                if reason:
+                    self._fall_back(reason)  # now that the model has not failed by itself
+                    reason = ""
+                yield outputs[None]
+                del outputs
 
     def _losses_of(self, outputs: Tensor, reference: Reference) -> Tensor:
         """Losses [losses, B, levels] of outputs [levels, B, ...]."""
