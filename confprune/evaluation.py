@@ -29,7 +29,8 @@ from confprune.batches import (
     slice_batch,
 )
 from confprune.distributed import ALONE, Ranks
-from confprune.grid import GridForward, evaluation_mode
+from confprune.grid import GridForward
+from confprune.grid.network import eagerly
 from confprune.losses import Loss
 from confprune.risk.inputs import IntArray
 from confprune.risks import Groups, Target, group_labels
@@ -143,14 +144,14 @@ class Evaluation:
     def stream(
         self, data: Any, batch_size: int | None, order: Tensor | None, progress: bool
     ) -> Iterator[Iterator[Any]]:
-        """The batches of `data` on the model's device; within, the model is in evaluation mode."""
+        """The batches of `data` on the model's device; within, nothing is compiled."""
         self._order = order
         check_data(data, batch_size)
         if batch_size is None:
             batch_size = generous_batch_size(data)  # the grids take batches apart
         # No generator may hold the mode: an exception would leave it to the garbage collector.
         with (
-            evaluation_mode(self._model),
+            eagerly(),
             progress_bar(data, order, progress, "calibrate") as self._bar,
             closing(moved_batches(self._model, data, batch_size, order, Reordered)) as stream,
         ):

@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from confprune.batches import batch_length, check_data
 from confprune.calling import Forward, call, check_forward
+from confprune.copies import running_copy
 from confprune.evaluation import moved_batches, progress_bar
-from confprune.grid import evaluation_mode
 from confprune.grid.attention import multi_head_attention
 from confprune.grid.functions import each
+from confprune.grid.network import eagerly
 from confprune.ops import output_positions
 from confprune.parameters import ParameterFilter, prunable_parameters
 
@@ -73,15 +74,16 @@ def input_norms(
     weights = prunable_parameters(model, parameters)
     check_data(data, batch_size)
     check_forward(forward)
+    network = running_copy(model)
     meter = _Meter({id(weight): name for name, weight in weights.items()})
     with (
         torch.no_grad(),
-        evaluation_mode(model),
+        eagerly(),
         progress_bar(data, order, progress, "input norms") as bar,
     ):
         for batch in moved_batches(model, data, batch_size, order):
             with meter:
-                call(model, batch, forward)
+                call(network, batch, forward)
             bar.update(batch_length(batch))
     for name in weights:
         if name not in meter.sums:

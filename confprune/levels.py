@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from confprune.competition import check_scope, check_split, compete
+from confprune.copies import copied
 from confprune.criteria import CriterionLike, Scores, Statistics, resolve_criterion
 from confprune.distributed import ALONE, Ranks
 from confprune.layout import inputs_first as find_inputs_first
@@ -118,7 +118,7 @@ class PruneLevels:
         """
         j = self._index(j)
         self.check_model(model)
-        pruned = copy.deepcopy(model)
+        pruned = copied(model)
         with torch.no_grad():
             for name, parameter in named_parameters(pruned).items():
                 if name in self.levels:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from machine import threads
@@ -19,8 +21,8 @@ GRID = [0.0, 0.3, 0.6, 0.9]
 CHUNK = 128 * 30 * 4 * 4  # bytes of 128 examples
 
 
-class Watched(nn.Module):
-    """Notes the threads it runs on; keeps its hidden state, as many modules do."""
+class Keeping(nn.Module):
+    """Keeps its hidden state, as many modules do."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +30,6 @@ class Watched(nn.Module):
         self.register_buffer("state", torch.zeros(1))
 
     def forward(self, x):
-        names.add(threading.current_thread().name)
         self.hidden = self.first(x).relu()
         self.state = self.hidden.sum(1, keepdim=True)
         return self.second(self.hidden) + 0 * self.state
@@ -37,11 +38,23 @@ class Watched(nn.Module):
 names: set[str] = set()
 
 
+@pytest.fixture(autouse=True)
+def noted(monkeypatch):
+    """Has the names of threads noted, where no network would be seen to do it."""
+    evaluate = GridForward._chunk_losses
+
+    def noting(*arguments):
+        names.add(threading.current_thread().name)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(GridForward, "_chunk_losses", noting)
+    names.clear()
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    names.clear()
-    return Watched().eval()
+    return Keeping().eval()
 
 
 def evaluated(model, number, losses=(BUILT_IN["disagreement"],), forward=None, n=4000):
@@ -115,9 +128,107 @@ def test_a_forward_or_a_loss_of_the_caller_runs_alone(model):
     assert not workers()
 
 
-def test_a_network_that_cannot_be_copied_runs_alone(model):
+def test_a_network_that_cannot_be_copied_is_refused(model):
     model.lock = threading.Lock()
-    evaluated(model, 2)
+    for work in (lambda: evaluated(model, 2), lambda: prune_levels(model, GRID).prune(model, 0)):
+        with pytest.raises(TypeError, match=r"cannot be copied.*pickle.*deepcopy"):
+            work()
+
+
+STATE: dict[str, object] = {}
+
+
+class Shared:
+    stack: ClassVar[list[torch.Tensor]] = []
+
+
+def remember(x):
+    global LAST
+    LAST = x
+    return x
+
+
+LAST = torch.zeros(())
+
+
+def through_a_variable(x):
+    STATE["x"] = x
+    return STATE["x"]
+
+
+def through_a_class(x):
+    Shared.stack.append(x)
+    return x.relu() + Shared.stack.pop()  # as before, when it is done
+
+
+def in_place(x):
+    Shared.kept[:] = 1
+    return x
+
+
+def by_numpy(x):
+    np.random.seed(0)  # noqa: NPY002 (what some do)
+    return x + float(np.random.rand())  # noqa: NPY002
+
+
+GENERATOR = np.random.default_rng(0)
+
+
+def by_a_generator(x):
+    return x + float(GENERATOR.random())
+
+
+def closed_over():
+    count = 0
+
+    def counted(x):
+        nonlocal count
+        count += 1
+        return x
+
+    return counted
+
+
+counted = closed_over()
+Shared.kept = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [through_a_variable, through_a_class, in_place, remember, by_numpy, by_a_generator, counted],
+)
+def test_networks_that_touch_what_copies_share_run_alone(model, step):
+    class Touching(Keeping):
+        def forward(self, x):
+            return super().forward(step(x))
+
+    expected = evaluated(Touching().eval(), 1)
+    assert expected.shape == (1, 4000, 4)
+    evaluated(Touching().eval(), 2)
+    assert not workers()
+
+
+def test_what_is_only_read_does_not_matter(model):
+    class Reading(Keeping):
+        def forward(self, x):
+            return super().forward(x + len(STATE) + Shared.kept.sum() * 0)
+
+    evaluated(Reading().eval(), 2)
+    assert workers()
+
+
+def test_a_network_that_falls_back_runs_alone():
+    class Random(Keeping):
+        def forward(self, x):
+            torch.manual_seed(0)  # one random projection, the same in every call
+            return super().forward(x @ torch.randn(6, 6))
+
+    torch.manual_seed(0)
+    model, x = Random().eval(), torch.randn(4000, 6)
+    levels = prune_levels(model, GRID)
+    with threads(2), pytest.warns(UserWarning, match="one by one"):
+        found = loss_matrix(model, x, levels, "soft_disagreement", activation_bytes=CHUNK)
+    assert found[:, 0].max() < 1e-5
     assert not workers()
 
 

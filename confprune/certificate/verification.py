@@ -31,7 +31,7 @@ from confprune.certificate.consistency import why_unsupported
 from confprune.certificate.evidence import Part
 from confprune.evaluation import moved_batches, progress_bar
 from confprune.grid import evaluation_mode
-from confprune.losses import BUILT_IN, Loss, LossLike, check_shapes, resolve_loss
+from confprune.losses import BUILT_IN, Loss, LossLike, check_shapes, cloned, resolve_loss
 from confprune.risks import Accept, Groups, group_labels, resolve_accept
 
 if TYPE_CHECKING:
@@ -168,6 +168,9 @@ class _WithoutFull(NamedTuple):
 
     targets: Tensor | None
     mask: Tensor | None
+
+    def clone(self) -> _WithoutFull:
+        return _WithoutFull(cloned(self.targets), cloned(self.mask))
 
     @property
     def outputs(self) -> Tensor:

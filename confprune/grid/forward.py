@@ -10,7 +10,6 @@ itself, or is one more level of the grid where that takes less time.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,13 +23,15 @@ from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.mode import GridMode
-from confprune.grid.network import Network
-from confprune.grid.probe import Probe
+from confprune.grid.network import Network, PlainNetwork
+from confprune.grid.probe import Met, Probe
+from confprune.grid.surroundings import Surroundings
 from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 from confprune.ops import check_kernels
 from confprune.parameters import named_parameters
+from confprune.warning import warn
 
 _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
@@ -47,7 +48,7 @@ class GridForward:
     Parameters
     ----------
     model : torch.nn.Module
-        Never changed; run it inside `evaluation_mode`.
+        Never run or changed: what runs are copies with its parameters, in evaluation mode.
     levels : PruneLevels
         Of this model.
     losses : sequence of Loss
@@ -80,6 +81,7 @@ class GridForward:
         self.losses = tuple(losses)
         self.fallback: str | None = None
         self._network = Network(model, forward)
+        self._plain: PlainNetwork | None = None  # made where it is needed
         self._budget = activation_bytes or default_budget(self._network.device)
         # What others wrote may keep things between its calls.
         pure = forward is None and all(loss.vmappable for loss in losses)
@@ -221,7 +223,7 @@ class GridForward:
                     del outputs
                     continue
             for j in chunk:
-                outputs = self._masked_outputs(network, batch, j)
+                outputs = self._masked_outputs(batch, j)
                 if reason:
                     self._fall_back(reason)  # now that the model has not failed by itself
                     reason = ""
@@ -264,10 +266,14 @@ class GridForward:
             raise _NotSeen(f"the model used {sorted(missed)[0]!r} where it could not be masked")
         return outputs
 
-    def _masked_outputs(self, network: Network, batch: Any, j: int) -> Tensor:
+    def _masked_outputs(self, batch: Any, j: int) -> Tensor:
         """The outputs of the plain network with the masked weights of level `j`, [B, ...]."""
-        masked = {layer.name: layer.masked(j) for layer in self._layers.values()}
-        return network.with_weights(masked, batch)
+        return self._run_plain(batch, lambda layer: layer.masked(j))
+
+    def _run_plain(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
+        if self._plain is None:
+            self._plain = PlainNetwork(self._network, self._layers)
+        return self._plain(batch, weight_of)
 
     def _prepared(self, batch: Any) -> Footprint:
         """What an example costs, after the checks on a few of the first batch."""
@@ -279,9 +285,15 @@ class GridForward:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
+        self._plain = PlainNetwork(self._network, self._layers)
         probe = Probe(self._layers)
-        with probe:
-            full = self._network(part)
+        if self._workers.alone:
+            with probe:
+                full = self._network(part)
+        else:
+            with Surroundings(self._network) as surroundings, probe:
+                full = self._network(part)
+            self._workers.alone = surroundings.touched
         self._fusions = probe.fusions(full)
         size = batch_length(part)
         _check_outputs(full, size)
@@ -290,50 +302,95 @@ class GridForward:
             check_shapes(loss, full, reference)
             values = loss(full.clone(), reference)
             _check_values(loss, values, (size,))
-        self._check_independence(part, full)
+        last = len(self.levels) - 1
+        some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
+        with Met(self._layers) as originals:
+            # The sparsest first: what a network would keep of it tells.
+            plain = torch.stack([self._masked_outputs(part, j) for j in some[::-1]]).flip(0)
+        if originals.names:
+            raise ValueError(
+                f"a copy of the model computes with the original's weights "
+                f"({min(originals.names)!r}), not its own: forward= must call the model that it is "
+                "given, and a module reach its weights through its attributes"
+            )
+        if not self._is_random(part, full):
+            self._check_state(part, full)
         self._find_unused(part, full, probe.met)
-        if self.levels.total:
-            self._cross_check(part)
+        self._cross_check(part, some, plain)
+        if self.fallback is None:
+            self._plain = None  # it takes as much memory as the weights
         if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
 
-    def _check_independence(self, batch: Any, full: Tensor) -> None:
-        """Warn where an example's outputs depend on its batch: its losses are not independent."""
+    def _is_random(self, batch: Any, full: Tensor) -> bool:
+        """Whether outputs are; a warning, too, where an example's depend on its batch.
+
+        The losses of such examples are not independent.
+        """
         half = len(full) // 2
         if half == 0:
-            return
+            return False
         part = slice_batch(batch, 0, half)
         apart = self._network(part)
         if not difference(apart[None], full[None, :half]):
-            return
+            return False
         note = (
             "the outputs of an example depend on the other examples of its batch (as with a "
             "BatchNorm without running statistics); the guarantee needs independent losses"
         )
-        if difference(self._network(part)[None], apart[None]):
+        random = bool(difference(self._network(part)[None], apart[None]))
+        if random:
             note = (
                 "the network's outputs are random (as with a dropout that is on in evaluation mode "
-                "too): the risk is an average over that, and a certificate may not verify"
+                "too), or change with what it keeps from call to call: the risk is an average over "
+                "that, and a certificate may not verify"
             )
         self.notes.append(note)
-        warnings.warn(note, UserWarning, stacklevel=2)
+        warn(note)
+        return random
+
+    def _check_state(self, batch: Any, full: Tensor) -> None:
+        """Raise ValueError if the full network, after runs of pruned ones, is not what it was."""
+        again = self._run_plain(batch, lambda layer: layer.weight)
+        if difference(again[None], full[None]):
+            raise ValueError(
+                "the network keeps what it makes of its weights from call to call (after a call "
+                "with pruned weights the full ones give other outputs), so that its pruned self "
+                "cannot be told: have it make that anew in every call"
+            )
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
-        """Weights that no function received, and that change nothing, need not be masked."""
-        poison = {
-            layer.name: torch.full_like(layer.weight, torch.nan)
-            for layer in self._layers.values()
-            if layer.name not in met
-        }
-        if poison and torch.equal(self._network.with_weights(poison, batch), full):
-            self._unused = set(poison)
+        """Weights that no function received, and that change nothing, need not be masked.
 
-    def _cross_check(self, batch: Any) -> None:
-        """Compare the grid with the plain masked network at a few levels; else fall back."""
-        last = len(self.levels) - 1
-        some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
-        plain = torch.stack([self._masked_outputs(self._network, batch, j) for j in some])
+        Raises
+        ------
+        ValueError
+            If these are all.
+        """
+        poison = set(self.levels.levels) - met
+        if not poison:
+            return
+        outputs = self._run_plain(
+            batch,
+            lambda layer: layer.weight * torch.nan if layer.name in poison else layer.weight,
+        )
+        if not torch.equal(outputs, full):
+            return
+        if len(poison) == len(self.levels.levels):
+            raise ValueError(
+                "the outputs depend on none of the weights that are pruned: the network does not "
+                "use them, or computes with something that it made of them in an earlier call"
+            )
+        self._unused = poison
+        many = f" (and {len(poison) - 1} more)" if len(poison) > 1 else ""
+        self.notes.append(
+            f"{min(poison)!r}{many} is pruned and changes no output: the network does not use it, "
+            "or only what it made of it in an earlier call"
+        )
+
+    def _cross_check(self, batch: Any, some: Sequence[int], plain: Tensor) -> None:
+        """Compare the grid with the plain masked network at some levels; else fall back."""
         reason = ""
         layouts = (True, False) if self._batch_minor else (False,)
         for self._batch_minor in layouts:
@@ -351,12 +408,11 @@ class GridForward:
 
     def _fall_back(self, reason: str) -> None:
         self.fallback = reason
+        self._workers.alone = True
         self.notes.append(f"evaluated level by level: {reason}")
-        warnings.warn(
-            "the levels are evaluated one by one, which gives the same numbers more slowly: "
-            f"{reason}",
-            UserWarning,
-            stacklevel=2,
+        warn(
+            "the levels are evaluated one by one, as plain masked networks, which takes longer: "
+            f"{reason}"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,50 +13,89 @@ from torch import Tensor, nn
 
 from confprune.batches import copy_batch
 from confprune.calling import Forward, call
-from confprune.parameters import plain_name
+from confprune.copies import check_evaluation_mode, running_copy
+from confprune.grid.layers import Layer
 
 
 class Network(nn.Module):
-    """A model with its way of being called, as one module of the batch."""
+    """A copy of a model with its way of being called, as one module of the batch.
+
+    It has the model's parameters and nothing else of it: a module may keep what it likes of a run.
+    """
 
     def __init__(self, model: nn.Module, forward: Forward | None) -> None:
         super().__init__()
-        self.model = model
+        self.model = running_copy(model)
         self._forward = forward
         self.device = next(model.parameters()).device
-        named = self.named_parameters(remove_duplicate=False)
-        self._names = {plain_name(name.removeprefix("model.")): name for name, _ in named}
+        self.eval()
 
     def forward(self, batch: Any) -> Tensor:
         """The outputs on a batch [B, ...]."""
         # A copy, because some models work on their inputs in place, and this batch is used again.
         return call(self.model, copy_batch(batch), self._forward)
 
-    def with_weights(self, weights: dict[str, Tensor], batch: Any) -> Tensor:
-        """The outputs with some parameters replaced, tied ones everywhere."""
-        named = {self._names[name]: weight for name, weight in weights.items()}
-        return torch.func.functional_call(self, named, (batch,))  # type: ignore[no-any-return]
+
+class PlainNetwork:
+    """The masked network as `PruneLevels.prune` makes it: a copy whose weights are overwritten.
+
+    What computes with a prunable weight by whatever way, an alias say, computes with the masked one
+    here; not so where torch's ``functional_call`` takes the place of parameters.
+
+    Parameters
+    ----------
+    network : Network
+        Best one that has not run: the copy keeps what that keeps.
+    layers : dict from id to Layer
+        The prunable weights, by their identity.
+    """
+
+    def __init__(self, network: Network, layers: Mapping[int, Layer]) -> None:
+        prunable = [p for p in network.parameters() if id(p) in layers]
+        self._network = running_copy(network, own=prunable)
+        copies = dict(self._network.named_parameters())
+        self._weights = [
+            (layers[id(parameter)], copies[name])
+            for name, parameter in network.named_parameters()
+            if id(parameter) in layers
+        ]
+        self._running = Lock()
+
+    def __call__(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
+        """The outputs on a batch [B, ...] with the given weight for each layer."""
+        with self._running:
+            for layer, parameter in self._weights:
+                parameter.copy_(weight_of(layer))
+            outputs: Tensor = self._network(batch)
+            return outputs
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, each module's own training flag restored in the end.
 
-    What is compiled of it runs as it was written: the grid sees every function, and no batch of
-    another size is compiled for.
+    Raises
+    ------
+    ValueError
+        If evaluation mode changes its weights.
     """
+    check_evaluation_mode(model)
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with _eagerly():
+        with eagerly():
             yield
     finally:
         for module, training in flags:
             module.training = training
 
 
-def _eagerly() -> AbstractContextManager[object]:
-    """Without the compiler of torch, which takes its time to import where nobody uses it."""
+def eagerly() -> AbstractContextManager[object]:
+    """What is compiled of a model runs as it was written within.
+
+    So the grid sees every function, and no batch of another size is compiled for. The compiler
+    itself takes its time to import where nobody uses it.
+    """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")

@@ -21,6 +21,26 @@ _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _LEAST_ACTIVATION = 320  # bytes: more examples together gain nothing, and are hard to share out
 
 
+class Met(TorchFunctionMode):
+    """Notes which prunable weights torch functions are given."""
+
+    def __init__(self, layers: dict[int, Layer]) -> None:
+        super().__init__()
+        self._layers = layers
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in METADATA:
+            self.names |= {
+                self._layers[id(leaf)].name
+                for leaf in tree_iter((args, kwargs))
+                if id(leaf) in self._layers
+            }
+        return func(*args, **(kwargs or {}))
+
+
 class Probe(TorchFunctionMode):
     """Watches a plain forward: its largest activation, the shapes its layers see, their fusions."""
 

@@ -8,18 +8,18 @@ keep what it likes on its way.
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch import nn
+
+from confprune.copies import running_copy
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,14 +33,20 @@ class Workers:
     network : torch.nn.Module
         Its parameters are shared, everything else is copied.
     most : int
+
+    Attributes
+    ----------
+    alone : bool
+        Set to have one thread run the network from now on.
     """
 
     def __init__(self, network: nn.Module, most: int) -> None:
+        self.alone = most == 1
         self._network = network
         # Taken before it runs: what a module keeps of a run may not be fit for that.
-        self._copy = _copy(network) if most > 1 else None
+        self._copy = running_copy(network)
         self._most = most
-        self._free: SimpleQueue[nn.Module | None] = SimpleQueue()  # copies that no thread runs
+        self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies that no thread runs
         self._copies = 0
 
     def side_by_side(self, items: int) -> int:
@@ -49,7 +55,7 @@ class Workers:
         1 where there are few, or where networks side by side might meet.
         """
         size = min(torch.get_num_threads(), self._most)
-        alone = size < 2 or items < 2 * size or self._copy is None
+        alone = self.alone or size < 2 or items < 2 * size
         return 1 if alone or not _is_plain(self._network) else size
 
     def map(
@@ -63,7 +69,7 @@ class Workers:
                 yield function(self._network, item)
             return
         for _ in range(self._copies, size):
-            self._free.put(_copy(self._copy))  # type: ignore[arg-type]
+            self._free.put(running_copy(self._copy))
         self._copies = max(self._copies, size)
         pool = _pool(size, threads // size)
         coming: deque[Future[Result]] = deque()
@@ -114,21 +120,3 @@ def _is_plain(network: nn.Module) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _copy(network: nn.Module) -> nn.Module | None:
-    """A copy in evaluation mode with the same parameters, or None where it cannot be copied."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    for module in network.modules():
-        # Of its many empty dictionaries each is copied in far less time by itself.
-        values = vars(module).values()
-        memo |= {id(v): type(v)() for v in values if type(v) in (dict, OrderedDict) and not v}
-        # What is left of another vmap is of no use, and in the way.
-        kept = [value for value in values if isinstance(value, Tensor)]
-        memo |= {id(tensor): tensor for tensor in kept if is_functorch_wrapped_tensor(tensor)}
-        buffers = module._buffers.values()
-        memo |= {id(b): b for b in buffers if b is not None and is_functorch_wrapped_tensor(b)}
-    try:
-        return copy.deepcopy(network, memo).eval()
-    except Exception:  # whatever a module may say to that
-        return None

@@ -67,6 +67,15 @@ class Reference(NamedTuple):
     targets: Tensor | None = None
     mask: Tensor | None = None
 
+    def clone(self) -> Reference:
+        """Copies of all tensors, for who may write into them."""
+        return Reference(self.outputs.clone(), cloned(self.targets), cloned(self.mask))
+
+
+def cloned(tensor: Tensor | None) -> Tensor | None:
+    """A copy of what may not be there."""
+    return None if tensor is None else tensor.clone()
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -108,7 +117,8 @@ class Loss:
 
     def __call__(self, outputs: Tensor, reference: Reference) -> Tensor:
         """The loss of each example: outputs [B, ...] to [B]."""
-        return self.function(outputs, reference)
+        # Functions of others may write into what they are given: `t[t == -100] = 0`.
+        return self.function(outputs, reference if self.broadcasts else reference.clone())
 
 
 LossLike: TypeAlias = str | Loss | Callable[[Tensor, Reference], Tensor]
