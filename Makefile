@@ -52,7 +52,7 @@ sanitize: $(DONE)/test
 	    || $(call stop,compute-sanitizer was not found: it comes with the CUDA toolkit)
 	@for tool in memcheck racecheck synccheck; do \
 	    echo "compute-sanitizer --tool $$tool"; \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	        $(BIN)/python -m pytest -q -x -m cuda tests/test_cuda_ops.py -k 'not memory and not wait' \
 	        || exit 1; \
 	done

@@ -15,7 +15,7 @@ from benchmarks.records import Row
 
 Group = Callable[[], Iterator[Row]]
 
-PATIENCE = 180.0
+PATIENCE = 90.0
 """Seconds that a row may take."""
 
 
@@ -41,7 +41,10 @@ def isolated(
         process.start()
         sender.close()
         try:
-            receiver.recv()  # that it has begun
+            if not receiver.poll(patience):  # that it has begun
+                yield _missing(next(iter(left)), f"its process did not begin in {patience:g} s")
+                return
+            receiver.recv()
             while left:
                 name = next(iter(left))
                 if not receiver.poll(patience):
@@ -103,4 +106,9 @@ def _line(row: Row) -> str:
     if "ours" in row:
         median, ratio = row["ours"]["median"], row["ratio"]
         return f"  {row['what']}: {median:.4g} {row['unit']}, {ratio:.3g} x {row['peer']}"
-    return "  " + ", ".join(f"{key} {value}" for key, value in row.items())
+    return "  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items())
+
+
+def _short(value: object) -> object:
+    """Of many timings their median."""
+    return f"{value['median']:.4g}" if isinstance(value, dict) and "median" in value else value

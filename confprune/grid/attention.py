@@ -18,6 +18,7 @@ from torch import Tensor
 from confprune import ops  # noqa: F401  (registers torch.ops.confprune)
 
 _SHORT = 128  # tokens; torch's kernel is made for more
+_MOST_ON_CUDA = 65_535  # of B: some of torch's kernels take no larger grid
 _MASKS = (torch.bool, torch.float32)
 
 
@@ -52,6 +53,12 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
 ) -> Tensor:
     """Attention over [B, heads, T, D], with the kernel for short sequences where that applies."""
+    if query.is_cuda and len(query) > _MOST_ON_CUDA:
+        parts = [t.split(_MOST_ON_CUDA) for t in (query, key, value)]
+        by_example = mask is not None and mask.ndim == 4 and len(mask) > 1
+        masks = mask.split(_MOST_ON_CUDA) if by_example else [mask] * len(parts[0])  # type: ignore[union-attr]
+        rows = zip(*parts, masks, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*row, **settings) for row in rows])
     if not _is_short(query, key, value, mask, settings):
         return F.scaled_dot_product_attention(query, key, value, mask, **settings)
     if mask is not None:

@@ -10,7 +10,8 @@ import torch
 ACTIVATION_BYTES = 64 << 20
 """Default budget on the CPU for the activations of the levels and examples of a chunk."""
 
-_GPU_SHARE = 8  # of whose memory one part is the budget
+_GPU_SHARE = 8  # of whose memory one part is the budget, up to so many bytes:
+_GPU_MOST = 8 << 30  # one activation then has fewer than 2^31 elements, where many kernels end
 _LIVE = 4  # activations of the largest size that are alive at once, roughly
 
 
@@ -18,7 +19,8 @@ def default_budget(device: torch.device) -> int:
     """Bytes for activations where none were asked for."""
     if device.type != "cuda":
         return ACTIVATION_BYTES
-    return int(torch.cuda.get_device_properties(device).total_memory) // _GPU_SHARE
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    return min(total // _GPU_SHARE, _GPU_MOST)
 
 
 class Footprint(NamedTuple):

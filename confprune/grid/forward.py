@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.mode import GridMode
-from confprune.grid.network import Network, PlainNetwork
+from confprune.grid.network import Network, PlainNetwork, full_precision
 from confprune.grid.probe import Met, Probe
 from confprune.grid.surroundings import Surroundings
 from confprune.grid.workers import Workers
@@ -56,7 +57,8 @@ class GridForward:
     forward : callable (model, batch) -> outputs, optional
     activation_bytes : int, optional
         Memory for the activations of a chunk of levels and examples; on the CPU up to four are
-        under way at once, on threads of their own. Default: 64 MiB, or an eighth of a GPU's memory.
+        under way at once, on threads of their own. Default: 64 MiB, or an eighth of a GPU's
+        memory, up to 8 GiB.
 
     Attributes
     ----------
@@ -109,7 +111,8 @@ class GridForward:
         budget; 0 where these cannot be both.
         """
         budget = min(self._budget, ACTIVATION_BYTES)
-        return self._prepared(batch).fitting(levels + (self._full is not None), budget)
+        with self._explaining(batch_length(batch), levels):
+            return self._prepared(batch).fitting(levels + (self._full is not None), budget)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -135,13 +138,20 @@ class GridForward:
             If the device has too little memory, naming the setting to lower.
         """
         size = batch_length(batch)
-        try:
+        with self._explaining(size, len(active)):
             return self._evaluate(batch, size, active, done, share)
+
+    @contextmanager
+    def _explaining(self, examples: int, levels: int) -> Iterator[None]:
+        """Say what to do where memory is short."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
-                f"{self._network.device} has too little memory for {size} examples and "
-                f"{len(active)} levels in chunks of {self._budget >> 20} MiB of activations: lower "
-                f"activation_bytes= (now {self._budget}) or batch_size=. {_first_line(error)}"
+                f"{self._network.device} has too little memory for {examples} examples and "
+                f"{levels} levels in chunks of {self._budget >> 20} MiB of activations: lower "
+                f"activation_bytes= (now {self._budget}; try {self._budget // 4}) or batch_size=. "
+                f"{_first_line(error)}"
             ) from error
 
     def _evaluate(
@@ -278,7 +288,8 @@ class GridForward:
     def _prepared(self, batch: Any) -> Footprint:
         """What an example costs, after the checks on a few of the first batch."""
         if self._footprint is None:
-            self._footprint = self._prepare(batch)
+            with full_precision(self._network.device):
+                self._footprint = self._prepare(batch)
         return self._footprint
 
     def _prepare(self, batch: Any) -> Footprint:

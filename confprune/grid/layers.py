@@ -33,7 +33,7 @@ class Layer:
         """The weight at one level, which may be a tensor that vmap batches."""
         if isinstance(level, Tensor):
             return torch.where(self.levels > level, self.weight, 0)
-        at = torch.tensor([level], device=self.levels.device)
+        at = torch.full((1,), level, device=self.levels.device)  # made there: nothing is waited for
         masked: Tensor = torch.ops.confprune.masked_weights(self.weight, self.levels, at)
         return masked[0]
 
