@@ -72,7 +72,8 @@ def loss_matrix(
         Memory for the activations of a chunk of levels and examples; default 64 MiB, or an eighth
         of a GPU's memory, up to 8 GiB. On the CPU as many chunks as torch has threads, up to four,
         are evaluated side by side; not where `forward`, a loss of your own, or a hook might keep
-        something between its calls, nor where the network is seen to change global variables. The result does not depend on it.
+        something between its calls, nor where the network is seen to change global variables. The
+        result does not depend on it.
     progress : bool
         Show a progress bar.
 

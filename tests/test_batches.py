@@ -242,8 +242,10 @@ def test_a_reordered_batch_is_gathered_as_it_is_sliced():
         part, expected = slice_batch(batch, 1, 3), take(data, order[1:3])
         assert type(part) is type(data)
         assert all(map(torch.equal, tensors_of(part), tensors_of(expected)))
-        # Where it is, there is nothing to move; what goes elsewhere is gathered first.
-        assert move_batch(batch, torch.device("cpu")) is batch
+        # Where it is, only the order has to move; what goes elsewhere is gathered first.
+        there = move_batch(batch, torch.device("cpu"))
+        assert there.data is batch.data
+        assert there.order is batch.order
         moved = move_batch(batch, torch.device("meta"))
         assert type(moved) is type(data)
         assert all(tensor.is_meta and len(tensor) == 4 for tensor in tensors_of(moved))

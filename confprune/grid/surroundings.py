@@ -9,8 +9,8 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CellType, FunctionType, ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_MAPPINGS = (dict, OrderedDict, defaultdict)
 _CONTAINERS = (list, set, deque)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "confprune"}
 _MOST = 1000  # elements of a container that are looked at
@@ -103,9 +104,10 @@ def _inside(value: Any) -> Callable[[], Iterable[Any]] | None:
     """What gives the contents of an object; None if it is not one that a call would change."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else lambda: (value._version,)
-    if isinstance(value, MutableMapping):
+    # Of these types themselves: others may do much when asked for their values.
+    if type(value) in _MAPPINGS:
         return lambda: value.values() if len(value) <= _MOST else (len(value),)
-    if isinstance(value, _CONTAINERS):
+    if type(value) in _CONTAINERS:
         return lambda: value if len(value) <= _MOST else (len(value),)
     if isinstance(value, CellType):
         return lambda: _contents(value)
