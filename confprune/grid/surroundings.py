@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 _CONTAINERS = (list, set, deque)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "scipy", "confprune"}
+_STEP = 1.2  # between the calls after which there is a look: what comes and goes stays for many
 _MOST = 1000  # elements of a container that are looked at
 
 
@@ -49,6 +50,7 @@ class Surroundings(TorchFunctionMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.touched = False
+        self._calls = self._next = 0.0
         self._inside = list(_insides(network))
         self._kept = self._contents()  # alive, so that nothing new has the identity of these
         self._before = _identities(self._kept)
@@ -59,7 +61,10 @@ class Surroundings(TorchFunctionMode):
     ) -> Any:
         """Call `func`, and look around."""
         result = func(*args, **(kwargs or {}))
-        self._look()
+        self._calls += 1
+        if self._calls >= self._next:
+            self._next = self._calls * _STEP
+            self._look()
         return result
 
     def __enter__(self) -> Surroundings:
