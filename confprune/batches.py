@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader, Dataset
 
 from confprune.loaders import loaded_count, reordered, visits_each_once, why_dependent
+from confprune.warning import warn
 
 DEFAULT_BATCH_SIZE = 256
 _IN_MEMORY_EXAMPLES = 16384
@@ -113,6 +114,13 @@ def check_data(data: Any, batch_size: int | None) -> None:
         )
     if example_count(data) == 0:
         raise ValueError("data is empty: it has no examples")
+    if isinstance(data, list) and len(data) == 2 and all(isinstance(v, Tensor) for v in data):
+        first, second = data
+        if first.ndim and second.ndim and len(first) == len(second):
+            warn(
+                "data is a list of two tensors of the same length, and read as two batches of "
+                "inputs: inputs and targets are a tuple, (inputs, targets)"
+            )
 
 
 def check_independent(data: Any) -> None:

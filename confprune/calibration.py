@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from confprune.batches import check_data, check_independent
 from confprune.calling import Forward, check_forward
 from confprune.certificate import Certificate
 from confprune.certify import certify, versions
+from confprune.competition import reachable
 from confprune.criteria import CriterionLike, Statistics
 from confprune.devices import on_device
 from confprune.distributed import Ranks
@@ -22,7 +23,7 @@ from confprune.grid import GridForward
 from confprune.levels import PruneLevels, check_sparsities, prune_levels
 from confprune.losses import LossLike, resolve_loss
 from confprune.ops import check_kernels
-from confprune.parameters import ParameterFilter, check_module
+from confprune.parameters import ParameterFilter, check_module, prunable_parameters
 from confprune.question import Question, check_enough, needs_more
 from confprune.risk.bounds import upper_bound
 from confprune.risk.inputs import check_losses, check_probability, loss_sums, losses_are_binary
@@ -31,7 +32,7 @@ from confprune.risk.procedures import resolve_procedure
 from confprune.risk.pvalues import resolve_pvalue
 from confprune.risks import Accept, Groups, Risk, resolve_accept, resolve_risks
 from confprune.scoring import plan_scoring
-from confprune.ways import resolve_ways
+from confprune.ways import Way, resolve_ways
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -331,7 +332,7 @@ def calibrate(
     with Ranks(group).together() as ranks:
         check_module(model)
         resolved = resolve_risks(loss, alpha, risks, pvalue)
-        grid = DEFAULT_SPARSITIES if sparsities is None else check_sparsities(sparsities)
+        grid = None if sparsities is None else check_sparsities(sparsities)
         check_data(data, batch_size)
         check_forward(forward)
         _check_budget(activation_bytes)
@@ -358,6 +359,8 @@ def calibrate(
             "batch_size": batch_size,
             "progress": progress and ranks.rank == 0,
         }
+        if grid is None:
+            grid = _default_grid(prunable_parameters(where, parameters), ways)
         found = scoring.statistics(where, data, parameters=parameters, seed=seed, **reading)
         levels = [
             prune_levels(where, grid, parameters=parameters, statistics=found, **way._asdict())
@@ -366,6 +369,16 @@ def calibrate(
         return certify(
             question, where, data, levels, activation_bytes=activation_bytes, ranks=ranks, **reading
         )
+
+
+def _default_grid(prunable: Mapping[str, Tensor], ways: Sequence[Way]) -> tuple[float, ...]:
+    """The sparsities that are tried where none are given: all that every way can reach."""
+    sizes = [parameter.numel() for parameter in prunable.values()]
+    grid = tuple(DEFAULT_SPARSITIES)
+    for way in ways:
+        for own in [sizes] if way.scope == "global" else [[size] for size in sizes]:
+            grid = reachable(grid, way.criterion, own)
+    return grid
 
 
 def _check_budget(activation_bytes: object) -> None:

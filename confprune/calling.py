@@ -13,14 +13,15 @@ from confprune.losses import Reference
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 _LABELS = ("labels", "label")
+_OUTPUTS = ("logits", "out", "last_hidden_state")
 
 
 def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
     """The model's outputs on a batch, as a tensor [B, ...].
 
     Without `forward`, inputs go to the model as its argument, a tuple of inputs as its arguments, a
-    mapping less its labels as its keywords; of a Hugging Face output the logits are taken, or else
-    the last hidden state.
+    mapping less its labels as its keywords; of an output that has them, as a key or an attribute,
+    the `logits` are taken, `out` of torchvision's, or else the `last_hidden_state`.
 
     Raises
     ------
@@ -35,18 +36,19 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Tensor:
         if explained is None:
             raise
         raise TypeError(explained) from error
-    except TypeError as error:
-        if forward is not None or "argument" not in str(error):
+    except (TypeError, ValueError) as error:
+        without_labels = isinstance(batch, Mapping) and any(key in batch for key in _LABELS)
+        if forward is not None or not (without_labels or "argument" in str(error)):
             raise
-        raise TypeError(
+        raise type(error)(
             f"{error}: of a batch the model is given the inputs, where it is (inputs, targets), or "
             "all keys but the labels, as keywords; for another way pass forward=lambda model, "
             "batch: ..."
         ) from error
-    if isinstance(outputs, Mapping):
-        for key in ("logits", "last_hidden_state"):
-            if isinstance(outputs.get(key), Tensor):
-                return outputs[key]  # type: ignore[no-any-return]
+    for key in _OUTPUTS:
+        found = outputs.get(key) if isinstance(outputs, Mapping) else getattr(outputs, key, None)
+        if isinstance(found, Tensor) and not isinstance(outputs, Tensor):
+            return found
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the model's output is a {type(outputs).__name__}, not a tensor [B, ...]; pass "
@@ -71,11 +73,15 @@ def targets_of(batch: Any) -> Tensor | None:
 
 
 def padding_mask_of(batch: Any) -> Tensor | None:
-    """True at the positions of sequences that are not padding, if the batch says."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        mask = batch["attention_mask"]
-        return mask.bool() if mask.ndim == 2 else None
-    return None
+    """True at the positions of sequences that are not padding, if the batch says.
+
+    Of an encoder and a decoder the outputs are at the decoder's positions.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    decodes = any(key.startswith("decoder_") for key in batch if isinstance(key, str))
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def reference_of(outputs: Tensor, batch: Any) -> Reference:

@@ -143,12 +143,30 @@ def _groups(
             yield {name: scores[name]}, [size], None
 
 
+def reachable(
+    grid: Sequence[float], criterion: Criterion, sizes: Sequence[int]
+) -> tuple[float, ...]:
+    """The sparsities that take none of the weights that a criterion spares.
+
+    Examples
+    --------
+    >>> from confprune.competition import reachable
+    >>> from confprune.criteria import resolve_criterion
+    >>> reachable([0.2, 0.5, 0.9], resolve_criterion("magnitude(min_per_layer=10)"), [20, 80])
+    (0.2, 0.5)
+    """
+    total = sum(sizes)
+    spared = sum(criterion.spared(size) for size in sizes)
+    return tuple(s for s in grid if not spared or round(s * total) <= total - spared)
+
+
 def _check_reachable(grid: Sequence[float], criterion: Criterion, sizes: Sequence[int]) -> None:
     """Refuse sparsities that would take weights that the criterion spares."""
     total = sum(sizes)
     spared = sum(criterion.spared(size) for size in sizes)
-    beyond = [s for s in grid if round(s * total) > total - spared]
-    if spared and beyond:
+    within = reachable(grid, criterion, sizes)
+    beyond = [s for s in grid if s not in within]
+    if beyond:
         most = math.floor(1e4 * (total - spared) / total) / 1e4
         raise ValueError(
             f"sparsity {beyond[0]:g} cannot be reached with criterion {str(criterion)!r}, which "

@@ -238,15 +238,24 @@ class Evaluation:
             grid, level = self._candidates[measured.active[column]].tolist()
             position = measured.first + row
             example = position if self._order is None else int(self._order[position])
+            way = self._grids[grid].levels
+            empty = [name for name, s in way.sparsity_by_layer(level).items() if s == 1]
             what, every = ("accept", "it") if loss is self._accept else ("loss", "losses")
             raise ValueError(
                 f"{what} {loss.name!r} is {value:g} for example {example} at level {level} "
-                f"(sparsity {self._grids[grid].levels.sparsities[level]:g}); {every} must be "
+                f"(sparsity {way.sparsities[level]:g}); {every} must be "
                 + ("0 or 1" if loss.binary and value == value else "in [0, 1]")
                 + (
                     ""
                     if value == value
                     else ": the network's outputs are NaN there, or the loss is"
+                    + (", or the label is no class" if loss.needs_targets else "")
+                    + (
+                        f". All weights of {empty[0]!r} are pruned at that sparsity: a grid that "
+                        "ends before, sparsities=[...], may help"
+                        if empty
+                        else ""
+                    )
                 )
             )
 

@@ -28,6 +28,8 @@ def inputs_first(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """
     groups = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         weight = module._parameters.get("weight")
         if isinstance(module, _ConvTransposeNd):
             groups[id(weight)] = int(module.groups)

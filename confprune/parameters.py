@@ -95,7 +95,8 @@ def named_parameters(
 
 def compiled_part(module: nn.Module) -> nn.Module | None:
     """The module that torch.compile made this one of; None if it made none."""
-    return module._modules.get(_COMPILED)
+    parts = vars(module).get("_modules")
+    return parts.get(_COMPILED) if isinstance(parts, dict) else None  # TorchScript has its own
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -163,7 +164,7 @@ def layer_weight(name: str, layer: nn.Module) -> nn.Parameter:
             "parametrization, or torch.nn.utils.prune). Make the weight a parameter first: "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
             "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
-            "'weight')"
+            "'weight'); or leave the layer out with parameters="
         )
     return weight
 

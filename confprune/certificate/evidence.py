@@ -80,11 +80,11 @@ class Pruning:
     scope: str
     criterion: str
     parameters: tuple[str, ...]
-    fingerprint: dict[str, dict[str, Any]]
+    fingerprint: dict[str, dict[str, Any]] = field(repr=False)
     total: int
     pattern: str | None = None
     inputs_first: dict[str, int] = field(default_factory=dict)
-    statistics: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict, repr=False)
     score_data: ScoreData | None = None
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     network: int | None = None

@@ -298,13 +298,17 @@ class GridForward:
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
         self._plain = PlainNetwork(self._network, self._layers)
         probe = Probe(self._layers)
-        if self._workers.alone:
-            with probe:
-                full = self._network(part)
-        else:
-            with Surroundings(self._network) as surroundings, probe:
-                full = self._network(part)
-            self._workers.alone = surroundings.touched
+        try:
+            if self._workers.alone:
+                with probe:
+                    full = self._network(part)
+            else:
+                with Surroundings(self._network) as surroundings, probe:
+                    full = self._network(part)
+                self._workers.alone = surroundings.touched
+        except Exception as error:
+            self._check_divisible(batch, part, error)
+            raise
         self._fusions = probe.fusions(full)
         size = batch_length(part)
         _check_outputs(full, size)
@@ -333,6 +337,20 @@ class GridForward:
         if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
+
+    def _check_divisible(self, batch: Any, part: Any, error: Exception) -> None:
+        """Raise ValueError if the model, which fails on a part of a batch, takes it whole."""
+        if batch_length(batch) == batch_length(part):
+            return
+        try:
+            self._network(slice_batch(batch, 0, batch_length(batch)))
+        except Exception:
+            return
+        raise ValueError(
+            f"the model takes {batch_length(batch)} examples at once, but not the first "
+            f"{batch_length(part)} of them ({type(error).__name__}: {_first_line(error)}); batches "
+            "are taken apart: pass forward= that calls the model on any number of examples"
+        ) from error
 
     def _is_random(self, batch: Any, full: Tensor) -> bool:
         """Whether outputs are; a warning, too, where an example's depend on its batch.
@@ -366,9 +384,9 @@ class GridForward:
         again = self._run_plain(batch, lambda layer: layer.weight)
         if difference(again[None], full[None]):
             raise ValueError(
-                "the network keeps what it makes of its weights from call to call (after a call "
-                "with pruned weights the full ones give other outputs), so that its pruned self "
-                "cannot be told: have it make that anew in every call"
+                "the network's outputs depend on its calls before (after some with pruned weights "
+                "the full ones give others), as where it keeps what it makes of its weights: what "
+                "a pruned network gives cannot be told then; have it make that anew in every call"
             )
 
     def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:

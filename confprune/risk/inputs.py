@@ -70,7 +70,8 @@ def check_grid(sparsities: ArrayLike) -> tuple[float, ...]:
         raise ValueError(f"sparsities has {values.size} levels; at most 32767 are supported")
     for s in values:
         if not 0 <= s < 1:
-            raise ValueError(f"sparsities must be in [0, 1), got {s:g}")
+            share = f": {s:g} % is {s / 100:g}" if 1 < s < 100 else ""
+            raise ValueError(f"sparsities must be in [0, 1), got {s:g}{share}")
     for a, b in itertools.pairwise(values):
         if b <= a:
             raise ValueError(

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from confprune.parameters import DTYPES, check_module, compiled_part, is_linear, layer_weight
+from confprune.copies import copied
+from confprune.parameters import DTYPES, check_module, compiled_part, is_linear
 from confprune.sparse.choice import measured_dense_from
 from confprune.sparse.modules import (
     NEVER,
@@ -55,15 +57,15 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
     -------
     torch.nn.Module
         Layers stay dense, too, if the sparse form is not the smaller one, if they are depthwise
-        convolutions, if the weight is tied to another kind of module (an embedding), if they have
-        hooks, and within ``nn.MultiheadAttention``, which uses its weights without calling layers.
-        The copy of a compiled model is not compiled.
+        convolutions, if they compute their weight from other parameters (weight norm, say), if the
+        weight is tied to another kind of module (an embedding), if they have hooks, and within
+        ``nn.MultiheadAttention``, which uses its weights without calling layers. The copy of a
+        compiled model is not compiled.
 
     Raises
     ------
     ValueError
-        For an unknown kernel; if a layer is lazy, or computes its weight from other parameters (the
-        message says how to make it one).
+        For an unknown kernel, or if a layer is lazy.
     TypeError
         If `model` is not a module.
 
@@ -167,7 +169,7 @@ def replaced_in(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
         part = compiled_part(module)
         if part is not None:
             memo[id(module)] = copy.deepcopy(part, memo)
-    replaced: nn.Module = copy.deepcopy(model, memo)
+    replaced: nn.Module = copied(model, memo)
     _without_fast_paths(replaced)
     return replaced.requires_grad_(False).eval()
 
@@ -240,7 +242,9 @@ def _replaceable(model: nn.Module, min_sparsity: float) -> Iterator[nn.Module]:
 
 def _fits(name: str, layer: nn.Module) -> bool:
     """Whether the kernels can do, and do well, what a layer does."""
-    weight = layer_weight(name, layer)
+    weight = layer._parameters.get("weight")
+    if weight is None or parametrize.is_parametrized(layer, "weight"):
+        return False  # it computes its weight from other parameters
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"layer {name!r} is lazy: run the model once before compressing it")
     rows_of_group = weight.shape[0] // getattr(layer, "groups", 1)
