@@ -14,7 +14,8 @@ from torch.nn.utils import prune as torch_prune
 
 import confprune
 from confprune import calibrate, loss_matrix, prune_levels
-from confprune.grid import GridForward, evaluation_mode
+from confprune.batches import Reordered, move_batch
+from confprune.grid import GridForward
 from confprune.nn.utils import prune
 
 
@@ -172,17 +173,19 @@ class TestLosses:
         expected = slow_losses(model, [x], levels).cpu()
         torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02)
 
+    @pytest.mark.parametrize("ordered", [False, True])
     @pytest.mark.parametrize("name", SUBJECTS)
-    def test_a_batch_is_evaluated_without_waiting_for_the_device(self, name):
+    def test_a_batch_is_evaluated_without_waiting_for_the_device(self, name, ordered):
         model, x = subject(name)
         model, x = model.cuda(), x.cuda()
+        if ordered:
+            x = move_batch(Reordered(x, torch.arange(len(x)).flip(0)), x.device)
         levels = prune_levels(model, GRID)
         loss = confprune.losses.resolve_loss("disagreement")
         grid = GridForward(model, levels, [loss])
-        with evaluation_mode(model):
-            expected = grid.evaluate(x, range(len(GRID)))
-            with not_waiting():
-                found = grid.evaluate(x, range(len(GRID)))
+        expected = grid.evaluate(x, range(len(GRID)))
+        with not_waiting():
+            found = grid.evaluate(x, range(len(GRID)))
         assert found.is_cuda
         assert torch.equal(found, expected)
 

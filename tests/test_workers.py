@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from confprune import loss_matrix, prune_levels
-from confprune.grid import GridForward, evaluation_mode
+from confprune.grid import GridForward
 from confprune.grid.workers import Workers
 from confprune.losses import BUILT_IN, Loss
 
@@ -64,7 +64,7 @@ def evaluated(model, number, losses=(BUILT_IN["disagreement"],), forward=None, n
     )
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
     done = []
-    with threads(number), evaluation_mode(model):
+    with threads(number):
         values = grid.evaluate(x, [0, 1, 2, 3], done=done.append)
     assert sum(done) == n
     return values
