@@ -94,6 +94,7 @@ def row(subject: Subject, examples: int, levels: int, rounds: int) -> Row:
     grid = [j / levels for j in range(levels)]
     prune = prune_levels(model, grid)
     found: list[Any] = []
+    found_losses: dict[int, Tensor] = {}  # of the loop, by the number of its levels
 
     def calibrated() -> None:
         found.append(
@@ -107,15 +108,15 @@ def row(subject: Subject, examples: int, levels: int, rounds: int) -> Row:
             )
         )
 
-    def loop(last: int = levels) -> Tensor:
-        return _loop(model, data, prune, subject, last)
+    def loop(last: int = levels) -> None:
+        found_losses[last] = _loop(model, data, prune, subject, last)
 
     calibrated()
     certified = -1 if found[-1].level is None else int(found[-1].level)
     names = ("confprune", "all levels", "levels up to the certified one")
     works = (calibrated, loop, lambda: loop(min(levels, certified + 2)))
     times = wall_seconds(dict(zip(names, works, strict=True)), rounds=rounds)
-    fixed = calibrate_losses(loop(), grid, ALPHA, DELTA).level
+    fixed = calibrate_losses(found_losses[levels], grid, ALPHA, DELTA).level
     fixed_level = -1 if fixed is None else int(fixed)
     looks = found[-1].looks
     return compare(

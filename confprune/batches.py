@@ -114,13 +114,23 @@ def check_data(data: Any, batch_size: int | None) -> None:
         )
     if example_count(data) == 0:
         raise ValueError("data is empty: it has no examples")
-    if isinstance(data, list) and len(data) == 2 and all(isinstance(v, Tensor) for v in data):
-        first, second = data
-        if first.ndim and second.ndim and len(first) == len(second):
-            warn(
-                "data is a list of two tensors of the same length, and read as two batches of "
-                "inputs: inputs and targets are a tuple, (inputs, targets)"
-            )
+    if _may_have_targets(data):
+        warn(
+            "data is a list of two tensors of the same length, and read as two batches of inputs: "
+            "inputs and targets are a tuple, (inputs, targets)"
+        )
+
+
+def _may_have_targets(data: Any) -> bool:
+    """Whether two tensors in a list look like inputs and targets rather than two batches."""
+    if not isinstance(data, list) or len(data) != 2:
+        return False
+    first, second = data
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    tokens = not first.is_floating_point()
+    differ = first.dtype != second.dtype or first.ndim != second.ndim
+    return first.shape[:1] == second.shape[:1] and (tokens or differ)
 
 
 def check_independent(data: Any) -> None:

@@ -59,7 +59,7 @@ def loss_matrix(
     Parameters
     ----------
     model : torch.nn.Module
-        Run in evaluation mode where its parameters are; left as it was.
+        A copy with its parameters is run, in evaluation mode, where they are.
     data : Dataset, DataLoader, tuple of tensors, or iterable of batches
         A batch is (inputs, targets), inputs alone, or a mapping.
     levels : PruneLevels
@@ -228,7 +228,7 @@ def calibrate(
     Parameters
     ----------
     model : torch.nn.Module
-        Evaluated in evaluation mode; left as it was.
+        A copy with its parameters is evaluated, in evaluation mode.
     data : Dataset, DataLoader, tuple of tensors, or iterable of batches
         Independent, identically distributed examples that the model was not trained on. A batch is
         (inputs, targets), inputs alone, or a mapping (Hugging Face).

@@ -37,7 +37,7 @@ def input_norms(
     Parameters
     ----------
     model : torch.nn.Module
-        Run in evaluation mode where its parameters are; left as it was.
+        A copy with its parameters is run, in evaluation mode, where they are.
     data : Dataset, DataLoader, tuple of tensors, or iterable of batches
         Not the examples that calibrate: `confprune.calibrate` keeps them apart by itself.
     parameters : names, or predicate (name, parameter) -> bool, optional

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import confprune
 from confprune import loss_matrix, prune_levels
+from confprune.batches import check_data
 from confprune.calling import padding_mask_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,10 +27,14 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
 
 
-def test_two_tensors_in_a_list_are_two_batches_with_a_warning(model):
-    levels = prune_levels(model, [0.5])
-    with pytest.warns(UserWarning, match="two batches of inputs: inputs and targets are a tuple"):
-        assert len(loss_matrix(model, [X, X], levels, "disagreement", progress=False)) == 800
+@pytest.mark.filterwarnings("error")
+def test_two_tensors_in_a_list_are_two_batches_with_a_warning_where_they_seem_not_to_be():
+    tokens = torch.arange(60).view(20, 3)
+    for data in ([tokens, tokens], [X, torch.arange(len(X))], [X, X[:, 0]]):
+        with pytest.warns(UserWarning, match="inputs and targets are a tuple"):
+            check_data(data, None)
+    for data in ([X, X], [X, X[:7]], [tokens, tokens[:9]], [X], [X, X, X], (tokens, tokens)):
+        check_data(data, None)
 
 
 def test_a_model_for_batches_of_one_size(model):

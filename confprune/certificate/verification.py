@@ -29,8 +29,9 @@ from confprune.batches import (
 from confprune.calling import Forward, call, check_forward, reference_of
 from confprune.certificate.consistency import why_unsupported
 from confprune.certificate.evidence import Part
+from confprune.copies import running_copy
 from confprune.evaluation import moved_batches, progress_bar
-from confprune.grid import evaluation_mode
+from confprune.grid.network import eagerly
 from confprune.losses import BUILT_IN, Loss, LossLike, check_shapes, cloned, resolve_loss
 from confprune.risks import Accept, Groups, group_labels, resolve_accept
 
@@ -196,10 +197,11 @@ def _measure(
     values: list[Tensor] = []
     labels: list[str] = []
     seen = 0
+    pruned = running_copy(pruned)
+    model = None if model is None else running_copy(model)
     with (
         torch.no_grad(),
-        evaluation_mode(model or pruned),
-        evaluation_mode(pruned),
+        eagerly(),
         progress_bar(data, order, progress, "verify") as bar,
     ):
         for whole in moved_batches(pruned, data, batch_size, order):

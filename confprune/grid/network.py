@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from confprune.batches import copy_batch
 from confprune.calling import Forward, call
-from confprune.copies import check_evaluation_mode, running_copy
+from confprune.copies import running_copy
 from confprune.grid.layers import Layer
 
 
@@ -68,26 +68,6 @@ class PlainNetwork:
                 parameter.copy_(weight_of(layer))
             outputs: Tensor = self._network(batch)
             return outputs
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module's own training flag restored in the end.
-
-    Raises
-    ------
-    ValueError
-        If evaluation mode changes its weights.
-    """
-    check_evaluation_mode(model)
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with eagerly():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager
