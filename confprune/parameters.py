@@ -155,18 +155,29 @@ def _layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return _in_order(model, wanted)
 
 
+MAKE_PARAMETER = (
+    "Make the weight a parameter first: torch.nn.utils.parametrize.remove_parametrizations(layer, "
+    "'weight'), torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
+    "'weight')"
+)
+"""The way out where a layer computes its weight from other parameters."""
+
+
 def layer_weight(name: str, layer: nn.Module) -> nn.Parameter:
     """The weight of a layer; ValueError where the layer computes it from other parameters."""
     weight = layer._parameters.get("weight")
-    if weight is None or parametrize.is_parametrized(layer, "weight"):
+    if weight is None or computes_weight(layer):
         raise ValueError(
             f"layer {name!r} computes its weight from other parameters (weight norm, another "
-            "parametrization, or torch.nn.utils.prune). Make the weight a parameter first: "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
-            "torch.nn.utils.remove_weight_norm(layer) or torch.nn.utils.prune.remove(layer, "
-            "'weight'); or leave the layer out with parameters="
+            f"parametrization, or torch.nn.utils.prune). {MAKE_PARAMETER}; or leave the layer out "
+            "with parameters="
         )
     return weight
+
+
+def computes_weight(layer: nn.Module) -> bool:
+    """Whether a layer computes its weight from other parameters."""
+    return "weight" not in layer._parameters or parametrize.is_parametrized(layer, "weight")
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

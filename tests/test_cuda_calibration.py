@@ -81,8 +81,9 @@ def test_too_little_memory_names_what_to_lower(monkeypatch):
     monkeypatch.setattr(GridForward, "_grid_outputs", without_memory)
     with pytest.raises(
         torch.OutOfMemoryError,
-        match=r"for 40 examples and 7 levels .* lower activation_bytes= \(now 1000000\) or "
-        r"batch_size=. CUDA out of memory. Tried to allocate 2.00 GiB.",
+        match=r"for 40 examples and 7 levels .* lower activation_bytes= "
+        r"\(now 1000000; try 250000\) or batch_size=. "
+        r"CUDA out of memory. Tried to allocate 2.00 GiB.",
     ):
         loss_matrix(model, x, levels, DISTANCE, activation_bytes=1_000_000, progress=False)
 

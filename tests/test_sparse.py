@@ -241,18 +241,22 @@ class TestWhatStaysDense:
         with pytest.raises(ValueError, match="layer '0' is lazy: run the model once"):
             compress(nn.Sequential(nn.LazyLinear(3)))
 
-    @pytest.mark.parametrize("way", ["prune", "parametrize"])
-    def test_computed_weights_are_refused_with_the_way_out(self, way):
+    def test_computed_weights_stay_dense(self, recwarn):
+        model = pruned(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+        nn.utils.parametrizations.weight_norm(model[0])
+        with torch.no_grad():
+            model[0].parametrizations.weight.original1.normal_()
+        assert sparse_layers(check_same(model, torch.randn(4, 64))) == ["1"]
+        assert not recwarn
+
+    def test_computed_weights_with_zeros_are_warned_of_with_the_way_out(self):
         model = nn.Sequential(nn.Linear(64, 64))
-        if way == "prune":
-            nn.utils.prune.l1_unstructured(model[0], "weight", 0.9)
-        else:
-            nn.utils.parametrizations.weight_norm(model[0])
-        with pytest.raises(ValueError, match=r"layer '0' computes .*remove"):
-            compress(model)
-        if way == "prune":
-            nn.utils.prune.remove(model[0], "weight")
-            assert sparse_layers(small(model)) == ["0"]
+        nn.utils.prune.l1_unstructured(model[0], "weight", 0.9)
+        with pytest.warns(UserWarning, match=r"layer '0' stays dense, .*remove\(layer") as caught:
+            assert sparse_layers(compress(model)) == []
+        assert caught[0].filename == __file__
+        nn.utils.prune.remove(model[0], "weight")
+        assert sparse_layers(small(model)) == ["0"]
 
 
 class TestModules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from typing import ClassVar
 
 import numpy as np
@@ -212,6 +213,30 @@ def test_what_is_only_read_does_not_matter(model):
     class Reading(Keeping):
         def forward(self, x):
             return super().forward(x + len(STATE) + Shared.kept.sum() * 0)
+
+    evaluated(Reading().eval(), 2)
+    assert workers()
+
+
+class Unready:
+    """A stand-in for what is not there yet, as frameworks have them: nothing may be asked of it."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"{name} outside of a request")
+
+
+class Unloaded(types.ModuleType):
+    def __getattribute__(self, name):
+        raise RuntimeError(f"{name} would load it")
+
+
+def test_what_stands_around_is_left_in_peace(monkeypatch):
+    monkeypatch.setitem(globals(), "UNREADY", Unready())
+    monkeypatch.setitem(globals(), "UNLOADED", Unloaded("unloaded"))
+
+    class Reading(Keeping):
+        def forward(self, x):
+            return super().forward(x)
 
     evaluated(Reading().eval(), 2)
     assert workers()

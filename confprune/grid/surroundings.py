@@ -107,20 +107,24 @@ def _insides(network: nn.Module) -> Iterator[Callable[[], Iterable[Any]]]:
 
 def _inside(value: Any) -> Callable[[], Iterable[Any]] | None:
     """What gives the contents of an object; None if it is not one that a call would change."""
-    if isinstance(value, Tensor):
+    kind = type(value)  # and not what a stand-in for something else gives as its class
+    if issubclass(kind, Tensor):
         return None if value.is_inference() else lambda: (value._version,)
     # Of these types themselves: others may do much when asked for their values.
-    if type(value) in _MAPPINGS:
+    if kind in _MAPPINGS:
         return lambda: value.values() if len(value) <= _MOST else (len(value),)
-    if type(value) in _CONTAINERS:
+    if kind in _CONTAINERS:
         return lambda: value if len(value) <= _MOST else (len(value),)
-    if isinstance(value, CellType):
+    if kind is CellType:
         return lambda: _contents(value)
-    if isinstance(value, np.random.Generator):
+    if kind is np.random.Generator:
         return lambda: (hash(str(value.bit_generator.state)),)
-    if isinstance(value, type | FunctionType | ModuleType):
+    if issubclass(kind, type | FunctionType | ModuleType):
         return None
-    own = getattr(value, "__dict__", None)
+    try:
+        own = object.__getattribute__(value, "__dict__")  # the object's own ways may do much
+    except AttributeError:
+        return None
     return own.values if isinstance(own, dict) else None
 
 
@@ -139,7 +143,8 @@ def _namespaces(network: nn.Module) -> Iterator[Mapping[str, Any]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, FunctionType) and _is_of_a_user(value):
+        kind = type(value)
+        if kind is FunctionType and _is_of_a_user(value):
             yield value.__globals__
             cells = {str(number): cell for number, cell in enumerate(value.__closure__ or ())}
             yield cells
@@ -147,10 +152,12 @@ def _namespaces(network: nn.Module) -> Iterator[Mapping[str, Any]]:
             held = {name: held for name, cell in cells.items() for held in _contents(cell)}
             yield held
             waiting += held.values()
-        elif (isinstance(value, type) and _is_of_a_user(value)) or (
-            isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _LIBRARIES
-        ):
+        elif issubclass(kind, type) and _is_of_a_user(value):
             yield vars(value)
+        elif issubclass(kind, ModuleType):
+            variables = object.__getattribute__(value, "__dict__")  # a lazy one stays unloaded
+            if str(variables.get("__name__")).partition(".")[0] not in _LIBRARIES:
+                yield variables
 
 
 def _contents(cell: CellType) -> tuple[Any, ...]:

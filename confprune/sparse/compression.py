@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from confprune.copies import copied
-from confprune.parameters import DTYPES, check_module, compiled_part, is_linear
+from confprune.parameters import (
+    DTYPES,
+    MAKE_PARAMETER,
+    check_module,
+    compiled_part,
+    computes_weight,
+    is_linear,
+)
 from confprune.sparse.choice import measured_dense_from
 from confprune.sparse.modules import (
     NEVER,
@@ -22,6 +28,7 @@ from confprune.sparse.modules import (
     SparseLayer,
     SparseLinear,
 )
+from confprune.warning import warn
 
 KERNELS = ("auto", "sparse", "dense")
 FEWEST_ROWS = 4
@@ -57,10 +64,10 @@ def compress(model: nn.Module, *, kernel: str = "auto", min_sparsity: float = 0.
     -------
     torch.nn.Module
         Layers stay dense, too, if the sparse form is not the smaller one, if they are depthwise
-        convolutions, if they compute their weight from other parameters (weight norm, say), if the
-        weight is tied to another kind of module (an embedding), if they have hooks, and within
-        ``nn.MultiheadAttention``, which uses its weights without calling layers. The copy of a
-        compiled model is not compiled.
+        convolutions, if they compute their weight from other parameters (weight norm, say; with a
+        warning where that has zeros enough), if the weight is tied to another kind of module (an
+        embedding), if they have hooks, and within ``nn.MultiheadAttention``, which uses its weights
+        without calling layers. The copy of a compiled model is not compiled.
 
     Raises
     ------
@@ -233,18 +240,29 @@ def _replaceable(model: nn.Module, min_sparsity: float) -> Iterator[nn.Module]:
             others |= {id(parameter) for parameter in module._parameters.values()}
         else:
             layers.append(module)
+        computed = _kind(module) is not None and computes_weight(module)
+        if computed and _has_zeros(module, min_sparsity):
+            warn(
+                f"layer {name!r} stays dense, because it computes its weight from other "
+                f"parameters. {MAKE_PARAMETER}"
+            )
     for layer in layers:
-        weight: Any = layer.weight
-        zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
-        if id(weight) not in others and zeros >= max(1, min_sparsity * weight.numel()):
+        if id(layer.weight) not in others and _has_zeros(layer, min_sparsity):
             yield layer
+
+
+def _has_zeros(layer: nn.Module, share: float) -> bool:
+    """Whether at least this share of the weight is zero."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
+    return zeros >= max(1, share * weight.numel())
 
 
 def _fits(name: str, layer: nn.Module) -> bool:
     """Whether the kernels can do, and do well, what a layer does."""
-    weight = layer._parameters.get("weight")
-    if weight is None or parametrize.is_parametrized(layer, "weight"):
-        return False  # it computes its weight from other parameters
+    if computes_weight(layer):
+        return False
+    weight: Any = layer.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"layer {name!r} is lazy: run the model once before compressing it")
     rows_of_group = weight.shape[0] // getattr(layer, "groups", 1)
