@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,16 @@ from torch import Tensor, nn
 
 from confprune.batches import batch_length, slice_batch
 from confprune.calling import Forward, reference_of
+from confprune.grid.checks import (
+    check_divisible,
+    check_outputs,
+    check_own_weights,
+    check_state,
+    check_values,
+    first_line,
+    is_random,
+    unused,
+)
 from confprune.grid.chunks import ACTIVATION_BYTES, Footprint, Piece, default_budget, pieces
 from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
@@ -97,7 +108,7 @@ class GridForward:
         self.notes: list[str] = []
         self._batch_minor = self._network.device.type == "cpu"
         self._fusions: list[Fusion] = []
-        self._unused: set[str] = set()
+        self._unused: AbstractSet[str] = frozenset()
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._full: int | None = None  # the level that is the full network, if the grid makes it
         self._footprint: Footprint | None = None
@@ -151,7 +162,7 @@ class GridForward:
                 f"{self._network.device} has too little memory for {examples} examples and "
                 f"{levels} levels in chunks of {self._budget >> 20} MiB of activations: lower "
                 f"activation_bytes= (now {self._budget}; try {self._budget // 4}) or batch_size=. "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
     def _evaluate(
@@ -204,7 +215,7 @@ class GridForward:
             full = first[0].clone(memory_format=torch.contiguous_format)
             outputs = itertools.chain([first[len(levels) - len(active) :]], outputs)
             del first
-        _check_outputs(full, batch_length(batch))
+        check_outputs(full, batch_length(batch))
         reference = reference_of(full, batch)
         values = []
         for part in outputs:
@@ -227,7 +238,7 @@ class GridForward:
                 except Exception as error:
                     # Infinite activations are of some examples; the others may go on as before.
                     if "holds infinity or NaN" not in str(error):
-                        reason = f"{type(error).__name__}: {_first_line(error)}"
+                        reason = f"{type(error).__name__}: {first_line(error)}"
                 else:
                     yield outputs
                     del outputs
@@ -250,7 +261,7 @@ class GridForward:
                 of_levels = torch.vmap(loss, in_dims=(0, None))(outputs, reference)
             else:
                 of_levels = torch.stack([loss(y, reference) for y in outputs])
-            _check_values(loss, of_levels, (len(outputs), len(reference.outputs)))
+            check_values(loss, of_levels, (len(outputs), len(reference.outputs)))
             values.append(of_levels.T.to(torch.float32))
         return torch.stack(values)
 
@@ -296,7 +307,7 @@ class GridForward:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
-        self._plain = PlainNetwork(self._network, self._layers)
+        plain = self._plain = PlainNetwork(self._network, self._layers)
         probe = Probe(self._layers)
         try:
             if self._workers.alone:
@@ -307,116 +318,30 @@ class GridForward:
                     full = self._network(part)
                 self._workers.alone = surroundings.touched
         except Exception as error:
-            self._check_divisible(batch, part, error)
+            check_divisible(self._network, batch, part, error)
             raise
         self._fusions = probe.fusions(full)
         size = batch_length(part)
-        _check_outputs(full, size)
+        check_outputs(full, size)
         reference = reference_of(full, part)
         for loss in self.losses:
             check_shapes(loss, full, reference)
-            values = loss(full.clone(), reference)
-            _check_values(loss, values, (size,))
+            check_values(loss, loss(full.clone(), reference), (size,))
         last = len(self.levels) - 1
         some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
         with Met(self._layers) as originals:
             # The sparsest first: what a network would keep of it tells.
-            plain = torch.stack([self._masked_outputs(part, j) for j in some[::-1]]).flip(0)
-        if originals.names:
-            raise ValueError(
-                f"a copy of the model computes with the original's weights "
-                f"({min(originals.names)!r}), not its own: forward= must call the model that it is "
-                "given, and a module reach its weights through its attributes"
-            )
-        if not self._is_random(part, full):
-            self._check_state(part, full)
-        self._find_unused(part, full, probe.met)
-        self._cross_check(part, some, plain)
+            masked = torch.stack([self._masked_outputs(part, j) for j in some[::-1]]).flip(0)
+        check_own_weights(originals.names)
+        if not is_random(self._network, part, full, self.notes):
+            check_state(plain, part, full)
+        self._unused = unused(plain, part, full, probe.met, self.notes)
+        self._cross_check(part, some, masked)
         if self.fallback is None:
             self._plain = None  # it takes as much memory as the weights
         if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
-
-    def _check_divisible(self, batch: Any, part: Any, error: Exception) -> None:
-        """Raise ValueError if the model, which fails on a part of a batch, takes it whole."""
-        if batch_length(batch) == batch_length(part):
-            return
-        try:
-            self._network(slice_batch(batch, 0, batch_length(batch)))
-        except Exception:
-            return
-        raise ValueError(
-            f"the model takes {batch_length(batch)} examples at once, but not the first "
-            f"{batch_length(part)} of them ({type(error).__name__}: {_first_line(error)}); batches "
-            "are taken apart: pass forward= that calls the model on any number of examples"
-        ) from error
-
-    def _is_random(self, batch: Any, full: Tensor) -> bool:
-        """Whether outputs are; a warning, too, where an example's depend on its batch.
-
-        The losses of such examples are not independent.
-        """
-        half = len(full) // 2
-        if half == 0:
-            return False
-        part = slice_batch(batch, 0, half)
-        apart = self._network(part)
-        if not difference(apart[None], full[None, :half]):
-            return False
-        note = (
-            "the outputs of an example depend on the other examples of its batch (as with a "
-            "BatchNorm without running statistics); the guarantee needs independent losses"
-        )
-        random = bool(difference(self._network(part)[None], apart[None]))
-        if random:
-            note = (
-                "the network's outputs are random (as with a dropout that is on in evaluation mode "
-                "too), or change with what it keeps from call to call: the risk is an average over "
-                "that, and a certificate may not verify"
-            )
-        self.notes.append(note)
-        warn(note)
-        return random
-
-    def _check_state(self, batch: Any, full: Tensor) -> None:
-        """Raise ValueError if the full network, after runs of pruned ones, is not what it was."""
-        again = self._run_plain(batch, lambda layer: layer.weight)
-        if difference(again[None], full[None]):
-            raise ValueError(
-                "the network's outputs depend on its calls before (after some with pruned weights "
-                "the full ones give others), as where it keeps what it makes of its weights: what "
-                "a pruned network gives cannot be told then; have it make that anew in every call"
-            )
-
-    def _find_unused(self, batch: Any, full: Tensor, met: set[str]) -> None:
-        """Weights that no function received, and that change nothing, need not be masked.
-
-        Raises
-        ------
-        ValueError
-            If these are all.
-        """
-        poison = set(self.levels.levels) - met
-        if not poison:
-            return
-        outputs = self._run_plain(
-            batch,
-            lambda layer: layer.weight * torch.nan if layer.name in poison else layer.weight,
-        )
-        if not torch.equal(outputs, full):
-            return
-        if len(poison) == len(self.levels.levels):
-            raise ValueError(
-                "the outputs depend on none of the weights that are pruned: the network does not "
-                "use them, or computes with something that it made of them in an earlier call"
-            )
-        self._unused = poison
-        many = f" (and {len(poison) - 1} more)" if len(poison) > 1 else ""
-        self.notes.append(
-            f"{min(poison)!r}{many} is pruned and changes no output: the network does not use it, "
-            "or only what it made of it in an earlier call"
-        )
 
     def _cross_check(self, batch: Any, some: Sequence[int], plain: Tensor) -> None:
         """Compare the grid with the plain masked network at some levels; else fall back."""
@@ -428,7 +353,7 @@ class GridForward:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
                 continue
             reason = difference(outputs, plain)
             if not reason:
@@ -447,28 +372,3 @@ class GridForward:
 
 class _NotSeen(RuntimeError):
     """A prunable weight was used where no torch function saw it."""
-
-
-def _check_outputs(outputs: Tensor, size: int) -> None:
-    """Raise ValueError unless there is one row for each of so many examples."""
-    if outputs.ndim == 0 or outputs.shape[0] != size:
-        raise ValueError(
-            f"the model's output has shape {list(outputs.shape)} for a batch of {size} examples; "
-            "its first dimension must be the batch: pass forward= to arrange that"
-        )
-
-
-def _check_values(loss: Loss, values: object, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a loss gave one value per example, [B] or [levels, B]."""
-    if not isinstance(values, Tensor) or values.shape != shape:
-        # What it returns for one network, without the levels.
-        found = list(values.shape[len(shape) - 1 :]) if isinstance(values, Tensor) else None
-        raise ValueError(
-            f"loss {loss.name!r} returned {type(values).__name__ if found is None else found} for "
-            f"{shape[-1]} examples; it must return one value per example, a tensor [B]"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"

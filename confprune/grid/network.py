@@ -48,6 +48,11 @@ class PlainNetwork:
         Best one that has not run: the copy keeps what that keeps.
     layers : dict from id to Layer
         The prunable weights, by their identity.
+
+    Attributes
+    ----------
+    names : frozenset of str
+        Of the prunable weights.
     """
 
     def __init__(self, network: Network, layers: Mapping[int, Layer]) -> None:
@@ -59,6 +64,7 @@ class PlainNetwork:
             for name, parameter in network.named_parameters()
             if id(parameter) in layers
         ]
+        self.names = frozenset(layer.name for layer, _ in self._weights)
         self._running = Lock()
 
     def __call__(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
