@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from confprune import loss_matrix, prune_levels
+from confprune.copies import running_copy
 from confprune.grid import GridForward
 from confprune.grid.workers import Workers
 from confprune.losses import BUILT_IN, Loss
@@ -268,7 +269,7 @@ def test_modes_of_the_caller_hold_for_all(model):
 
 
 def test_parameters_are_shared_and_buffers_are_not(model):
-    pool = Workers(model, most=2)
+    pool = Workers(model, lambda: running_copy(model), most=2)
     with threads(2):
         seen = list(pool.map(lambda network, _: (network.first.weight, network.state), range(8)))
     assert all(weight is model.first.weight for weight, _ in seen)
@@ -281,7 +282,7 @@ def test_results_come_in_order_and_errors_where_they_were(model):
             raise ValueError("six")
         return item / 2
 
-    pool = Workers(model, most=4)
+    pool = Workers(model, lambda: running_copy(model), most=4)
     with threads(2):
         assert list(pool.map(half, range(6))) == [0, 0.5, 1, 1.5, 2, 2.5]
         coming = pool.map(half, range(40))
@@ -292,7 +293,7 @@ def test_results_come_in_order_and_errors_where_they_were(model):
 
 
 def test_no_gradients_are_kept(model):
-    pool = Workers(model, most=2)
+    pool = Workers(model, lambda: running_copy(model), most=2)
     with threads(2), torch.no_grad():
         outputs = list(pool.map(lambda network, _: network(torch.ones(1, 6)), range(8)))
     assert not any(y.requires_grad for y in outputs)

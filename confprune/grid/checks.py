@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from confprune.batches import batch_length, slice_batch
 from confprune.grid.comparison import difference
+from confprune.grid.layers import Layer
 from confprune.grid.network import Network, PlainNetwork
+from confprune.grid.surroundings import contents_of
 from confprune.losses import Loss
 from confprune.warning import warn
+
+_MORE_EXAMPLES = 256
 
 
 def check_outputs(outputs: Tensor, size: int) -> None:
@@ -35,19 +41,28 @@ def check_values(loss: Loss, values: object, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_divisible(network: Network, batch: Any, part: Any, error: Exception) -> None:
-    """Raise ValueError if the network, which fails with `error` on a part, takes a batch whole."""
-    if batch_length(batch) == batch_length(part):
-        return
+@contextmanager
+def divisible(plain: PlainNetwork, batch: Any, part: Any) -> Iterator[None]:
+    """Have the error of a run on a part of a batch say so if the network takes the batch whole."""
     try:
-        network(slice_batch(batch, 0, batch_length(batch)))
+        yield
+    except Exception as error:
+        size, whole = batch_length(batch), slice_batch(batch, 0, batch_length(batch))
+        if size == batch_length(part) or not _fails(plain, part) or _fails(plain, whole):
+            raise
+        raise ValueError(
+            f"the model takes {size} examples at once, but not the first {batch_length(part)} of "
+            f"them ({type(error).__name__}: {first_line(error)}); batches are taken apart: pass "
+            "forward= that calls the model on any number of examples"
+        ) from error
+
+
+def _fails(plain: PlainNetwork, batch: Any) -> bool:
+    try:
+        plain(batch, lambda layer: layer.weight)
     except Exception:
-        return
-    raise ValueError(
-        f"the model takes {batch_length(batch)} examples at once, but not the first "
-        f"{batch_length(part)} of them ({type(error).__name__}: {first_line(error)}); batches "
-        "are taken apart: pass forward= that calls the model on any number of examples"
-    ) from error
+        return True
+    return False
 
 
 def check_own_weights(originals: AbstractSet[str]) -> None:
@@ -60,24 +75,34 @@ def check_own_weights(originals: AbstractSet[str]) -> None:
         )
 
 
-def is_random(network: Network, batch: Any, full: Tensor, notes: list[str]) -> bool:
-    """Whether outputs are; a warning and a note, too, where an example's depend on its batch.
+def check_unwritten(plain: PlainNetwork, weight_of: Callable[[Layer], Tensor]) -> None:
+    """Raise ValueError if runs with the given weights have changed parameters."""
+    name = plain.written(weight_of)
+    if name is not None:
+        raise ValueError(
+            f"running the model changes its parameter {name!r}, as where it scales or masks it "
+            "anew in every call: the weights that are pruned would not be those that it computes "
+            "with. Run it once, model.eval()(inputs), so that they are, or mask a copy in forward"
+        )
+
+
+def note_dependence(network: Network, batch: Any, full: Tensor, notes: list[str]) -> None:
+    """A warning and a note where outputs are random, or an example's depend on its batch.
 
     The losses of such examples are not independent.
     """
     half = len(full) // 2
     if half == 0:
-        return False
+        return
     part = slice_batch(batch, 0, half)
     apart = network(part)
     if not difference(apart[None], full[None, :half]):
-        return False
+        return
     note = (
         "the outputs of an example depend on the other examples of its batch (as with a "
         "BatchNorm without running statistics); the guarantee needs independent losses"
     )
-    random = bool(difference(network(part)[None], apart[None]))
-    if random:
+    if difference(network(part)[None], apart[None]):
         note = (
             "the network's outputs are random (as with a dropout that is on in evaluation mode "
             "too), or change with what it keeps from call to call: the risk is an average over "
@@ -85,13 +110,25 @@ def is_random(network: Network, batch: Any, full: Tensor, notes: list[str]) -> b
         )
     notes.append(note)
     warn(note)
-    return random
 
 
-def check_state(plain: PlainNetwork, batch: Any, full: Tensor) -> None:
-    """Raise ValueError if the full network, after runs of pruned ones, is not what it was."""
-    again = plain(batch, lambda layer: layer.weight)
-    if difference(again[None], full[None]):
+def check_state(plain: PlainNetwork, network: Network, batch: Any, full: Tensor) -> None:
+    """Raise ValueError if the full network, after runs of pruned ones, is not what it was.
+
+    Of random outputs the same seed tells.
+    """
+
+    def again() -> Tensor:
+        return plain(batch, lambda layer: layer.weight)
+
+    if not difference(again()[None], full[None]):
+        return
+    first, second, later = (
+        _seeded(network.device, run) for run in (lambda: network(batch),) * 2 + (again,)
+    )
+    if difference(first[None], second[None]):
+        return  # it is random, or counts its calls
+    if difference(later[None], first[None]):
         raise ValueError(
             "the network's outputs depend on its calls before (after some with pruned weights "
             "the full ones give others), as where it keeps what it makes of its weights: what "
@@ -99,35 +136,80 @@ def check_state(plain: PlainNetwork, batch: Any, full: Tensor) -> None:
         )
 
 
+def _seeded(device: torch.device, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` gives from one and the same state of torch's generators, which are put back."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(0)
+        return run()
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
 def unused(
-    plain: PlainNetwork, batch: Any, full: Tensor, met: AbstractSet[str], notes: list[str]
+    plain: PlainNetwork,
+    batch: Any,
+    part: Any,
+    full: Tensor,
+    met: AbstractSet[str],
+    notes: list[str],
 ) -> AbstractSet[str]:
-    """The weights that change no output, of those that no function met: these need no mask.
+    """The weights that change no output, of those that no function met: these need no mask yet.
+
+    `full` are the outputs on `part`; of a batch some examples more are asked before one is told.
 
     Raises
     ------
     ValueError
-        If these are all that are pruned.
+        If these are all that are pruned, and change nothing there either.
     """
     unmet = plain.names - met
     if not unmet:
         return unmet
-    outputs = plain(
-        batch, lambda layer: layer.weight * torch.nan if layer.name in unmet else layer.weight
-    )
-    if not torch.equal(outputs, full):
+
+    def spoilt(layer: Layer) -> Tensor:
+        return layer.weight * torch.nan if layer.name in unmet else layer.weight
+
+    if not torch.equal(plain(part, spoilt), full):
         return frozenset()
+    more = slice_batch(batch, 0, _MORE_EXAMPLES)
+    if not torch.equal(plain(more, spoilt), plain(more, lambda layer: layer.weight)):
+        return unmet
     if unmet == plain.names:
         raise ValueError(
-            "the outputs depend on none of the weights that are pruned: the network does not "
-            "use them, or computes with something that it made of them in an earlier call"
+            f"the outputs of the first {batch_length(more)} examples depend on none of the weights "
+            "that are pruned: the network does not use them, or computes with something that it "
+            "made of them in an earlier call"
         )
     many = f" (and {len(unmet) - 1} more)" if len(unmet) > 1 else ""
     notes.append(
-        f"{min(unmet)!r}{many} is pruned and changes no output: the network does not use it, "
-        "or only what it made of it in an earlier call"
+        f"{min(unmet)!r}{many} is pruned and changes no output of the first {batch_length(more)} "
+        "examples: the network does not use it, or only what it made of it in an earlier call; "
+        "parameters= says what to prune"
     )
     return unmet
+
+
+def warn_of_hooks(model: nn.Module, notes: list[str]) -> None:
+    """A warning and a note where hooks hold modules of the model, not of its copies."""
+    modules = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            cells = getattr(hook, "__closure__", None) or ()
+            if any(id(held) in modules for cell in cells for held in contents_of(cell)):
+                note = (
+                    f"a hook of {name or type(module).__name__!r} holds a module of the model in "
+                    "its closure: in copies of the model, which pruned networks are, it uses the "
+                    "original's. A method of a module would be copied with it"
+                )
+                notes.append(note)
+                warn(note)
+                return
 
 
 def first_line(error: BaseException) -> str:

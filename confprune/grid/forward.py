@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from confprune.batches import batch_length, slice_batch
 from confprune.calling import Forward, reference_of
 from confprune.grid.checks import (
-    check_divisible,
     check_outputs,
     check_own_weights,
     check_state,
+    check_unwritten,
     check_values,
+    divisible,
     first_line,
-    is_random,
+    note_dependence,
     unused,
+    warn_of_hooks,
 )
 from confprune.grid.chunks import ACTIVATION_BYTES, Footprint, Piece, default_budget, pieces
 from confprune.grid.comparison import difference
@@ -93,25 +95,31 @@ class GridForward:
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
-        self._network = Network(model, forward)
-        self._plain: PlainNetwork | None = None  # made where it is needed
+        self._model, self._forward = model, forward  # of which copies are taken as they are needed
+        self._network = self._copy()
+        self._plain: PlainNetwork | None = None
         self._budget = activation_bytes or default_budget(self._network.device)
         # What others wrote may keep things between its calls.
         pure = forward is None and all(loss.vmappable for loss in losses)
         pure = pure and self._network.device.type == "cpu"
-        self._workers = Workers(self._network, most=_WORKERS if pure else 1)
+        self._workers = Workers(self._network, self._copy, most=_WORKERS if pure else 1)
         parameters = named_parameters(model)
         self._layers = {
             id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
             for name, prune in levels.levels.items()
         }
         self.notes: list[str] = []
+        warn_of_hooks(model, self.notes)
+        self._told = False  # of a fallback
         self._batch_minor = self._network.device.type == "cpu"
         self._fusions: list[Fusion] = []
         self._unused: AbstractSet[str] = frozenset()
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._full: int | None = None  # the level that is the full network, if the grid makes it
         self._footprint: Footprint | None = None
+
+    def _copy(self) -> Network:
+        return Network(self._model, self._forward)
 
     @torch.inference_mode(mode=False)  # where in-place work leaves no trace
     @torch.no_grad()
@@ -190,6 +198,7 @@ class GridForward:
             done(size - sum(end - begin for begin, end in mine))
         workers = self._workers.side_by_side(len(mine))
         for count in self._workers.map(run, pieces(mine, len(active), workers)):
+            self._tell()
             if done is not None:
                 done(count)
         return result
@@ -292,9 +301,10 @@ class GridForward:
         return self._run_plain(batch, lambda layer: layer.masked(j))
 
     def _run_plain(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
-        if self._plain is None:
-            self._plain = PlainNetwork(self._network, self._layers)
-        return self._plain(batch, weight_of)
+        plain = self._plain
+        if plain is None:  # two threads may make one each
+            plain = self._plain = PlainNetwork(self._model, self._forward, self._layers)
+        return plain(batch, weight_of)
 
     def _prepared(self, batch: Any) -> Footprint:
         """What an example costs, after the checks on a few of the first batch."""
@@ -307,19 +317,16 @@ class GridForward:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
-        plain = self._plain = PlainNetwork(self._network, self._layers)
-        probe = Probe(self._layers)
-        try:
-            if self._workers.alone:
-                with probe:
-                    full = self._network(part)
-            else:
-                with Surroundings(self._network) as surroundings, probe:
-                    full = self._network(part)
-                self._workers.alone = surroundings.touched
-        except Exception as error:
-            check_divisible(self._network, batch, part, error)
-            raise
+        plain = self._plain = PlainNetwork(self._model, self._forward, self._layers)
+        last = len(self.levels) - 1
+        some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
+        with divisible(plain, batch, part), Met(self._layers) as originals:
+            # The sparsest first: what a network would keep of it tells.
+            masked = [self._masked_outputs(part, j) for j in reversed(some)]
+        check_own_weights(originals.names)
+        check_unwritten(plain, lambda layer: layer.masked(some[0]))
+        with divisible(plain, batch, part):
+            full, probe = self._probed(part)
         self._fusions = probe.fusions(full)
         size = batch_length(part)
         check_outputs(full, size)
@@ -327,21 +334,27 @@ class GridForward:
         for loss in self.losses:
             check_shapes(loss, full, reference)
             check_values(loss, loss(full.clone(), reference), (size,))
-        last = len(self.levels) - 1
-        some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
-        with Met(self._layers) as originals:
-            # The sparsest first: what a network would keep of it tells.
-            masked = torch.stack([self._masked_outputs(part, j) for j in some[::-1]]).flip(0)
-        check_own_weights(originals.names)
-        if not is_random(self._network, part, full, self.notes):
-            check_state(plain, part, full)
-        self._unused = unused(plain, part, full, probe.met, self.notes)
-        self._cross_check(part, some, masked)
+        note_dependence(self._network, part, full, self.notes)
+        check_state(plain, self._network, part, full)
+        self._unused = unused(plain, batch, part, full, probe.met, self.notes)
+        self._cross_check(part, some, torch.stack(masked[::-1]))
+        self._tell()
         if self.fallback is None:
             self._plain = None  # it takes as much memory as the weights
         if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
+
+    def _probed(self, batch: Any) -> tuple[Tensor, Probe]:
+        """The full network's outputs, and what was seen of its run."""
+        probe = Probe(self._layers)
+        if self._workers.alone:
+            with probe:
+                return self._network(batch), probe
+        with Surroundings(self._network) as surroundings, probe:
+            full = self._network(batch)
+        self._workers.alone = surroundings.touched
+        return full, probe
 
     def _cross_check(self, batch: Any, some: Sequence[int], plain: Tensor) -> None:
         """Compare the grid with the plain masked network at some levels; else fall back."""
@@ -364,10 +377,15 @@ class GridForward:
         self.fallback = reason
         self._workers.alone = True
         self.notes.append(f"evaluated level by level: {reason}")
-        warn(
-            "the levels are evaluated one by one, as plain masked networks, which takes longer: "
-            f"{reason}"
-        )
+
+    def _tell(self) -> None:
+        """Warn of a fallback, once, on the thread of whoever called."""
+        if self.fallback is not None and not self._told:
+            self._told = True
+            warn(
+                "the levels are evaluated one by one, as plain masked networks, which takes "
+                f"longer: {self.fallback}"
+            )
 
 
 class _NotSeen(RuntimeError):

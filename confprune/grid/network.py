@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
@@ -13,19 +13,23 @@ from torch import Tensor, nn
 
 from confprune.batches import copy_batch
 from confprune.calling import Forward, call
-from confprune.copies import running_copy
+from confprune.copies import all_same, rescaled, running_copy
 from confprune.grid.layers import Layer
+from confprune.parameters import named_parameters
 
 
 class Network(nn.Module):
     """A copy of a model with its way of being called, as one module of the batch.
 
-    It has the model's parameters and nothing else of it: a module may keep what it likes of a run.
+    It has the model's parameters, but for the `own` ones, and nothing else of it: a module may keep
+    what it likes of a run.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, own: Iterable[nn.Parameter] = ()
+    ) -> None:
         super().__init__()
-        self.model = running_copy(model)
+        self.model = running_copy(model, own)
         self._forward = forward
         self.device = next(model.parameters()).device
         self.eval()
@@ -44,8 +48,8 @@ class PlainNetwork:
 
     Parameters
     ----------
-    network : Network
-        Best one that has not run: the copy keeps what that keeps.
+    model : torch.nn.Module
+    forward : callable (model, batch) -> outputs, or None
     layers : dict from id to Layer
         The prunable weights, by their identity.
 
@@ -55,14 +59,20 @@ class PlainNetwork:
         Of the prunable weights.
     """
 
-    def __init__(self, network: Network, layers: Mapping[int, Layer]) -> None:
-        prunable = [p for p in network.parameters() if id(p) in layers]
-        self._network = running_copy(network, own=prunable)
-        copies = dict(self._network.named_parameters())
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, layers: Mapping[int, Layer]
+    ) -> None:
+        parameters = named_parameters(model, remove_duplicate=True)
+        self._network = Network(model, forward, own=parameters.values())
+        copies = named_parameters(self._network.model)
         self._weights = [
-            (layers[id(parameter)], copies[name])
-            for name, parameter in network.named_parameters()
-            if id(parameter) in layers
+            (layers[id(p)], copies[n]) for n, p in parameters.items() if id(p) in layers
+        ]
+        ours = {id(parameter) for parameter in rescaled(self._network.model)}
+        self._others = [
+            (name, parameter, copies[name])
+            for name, parameter in parameters.items()
+            if id(parameter) not in layers and id(copies[name]) not in ours
         ]
         self.names = frozenset(layer.name for layer, _ in self._weights)
         self._running = Lock()
@@ -74,6 +84,16 @@ class PlainNetwork:
                 parameter.copy_(weight_of(layer))
             outputs: Tensor = self._network(batch)
             return outputs
+
+    def written(self, weight_of: Callable[[Layer], Tensor]) -> str | None:
+        """The first parameter that a run with the given weights has changed, if there is one."""
+        for layer, parameter in self._weights:
+            if not all_same([weight_of(layer)], [parameter]):
+                return layer.name
+        for name, before, after in self._others:
+            if not all_same([before], [after]):
+                return name
+        return None
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def _inside(value: Any) -> Callable[[], Iterable[Any]] | None:
     if kind in _CONTAINERS:
         return lambda: value if len(value) <= _MOST else (len(value),)
     if kind is CellType:
-        return lambda: _contents(value)
+        return lambda: contents_of(value)
     if kind is np.random.Generator:
         return lambda: (hash(str(value.bit_generator.state)),)
     if issubclass(kind, type | FunctionType | ModuleType):
@@ -149,7 +149,7 @@ def _namespaces(network: nn.Module) -> Iterator[Mapping[str, Any]]:
             cells = {str(number): cell for number, cell in enumerate(value.__closure__ or ())}
             yield cells
             # What a cell holds may change inside, and be a function with cells of its own.
-            held = {name: held for name, cell in cells.items() for held in _contents(cell)}
+            held = {name: held for name, cell in cells.items() for held in contents_of(cell)}
             yield held
             waiting += held.values()
         elif issubclass(kind, type) and _is_of_a_user(value):
@@ -160,7 +160,8 @@ def _namespaces(network: nn.Module) -> Iterator[Mapping[str, Any]]:
                 yield variables
 
 
-def _contents(cell: CellType) -> tuple[Any, ...]:
+def contents_of(cell: CellType) -> tuple[Any, ...]:
+    """What a variable of a closure holds, if anything."""
     try:
         return (cell.cell_contents,)
     except ValueError:  # it is empty

@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from confprune.copies import running_copy
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -31,7 +29,8 @@ class Workers:
     Parameters
     ----------
     network : torch.nn.Module
-        Its parameters are shared, everything else is copied.
+    copy : callable () -> torch.nn.Module
+        Gives another, that has parameters in common with it and nothing else.
     most : int
 
     Attributes
@@ -40,11 +39,10 @@ class Workers:
         Set to have one thread run the network from now on.
     """
 
-    def __init__(self, network: nn.Module, most: int) -> None:
+    def __init__(self, network: nn.Module, copy: Callable[[], nn.Module], most: int) -> None:
         self.alone = most == 1
         self._network = network
-        # Taken before it runs: what a module keeps of a run may not be fit for that.
-        self._copy = running_copy(network)
+        self._copy = copy
         self._most = most
         self._free: SimpleQueue[nn.Module] = SimpleQueue()  # copies that no thread runs
         self._copies = 0
@@ -69,7 +67,7 @@ class Workers:
                 yield function(self._network, item)
             return
         for _ in range(self._copies, size):
-            self._free.put(running_copy(self._copy))
+            self._free.put(self._copy())
         self._copies = max(self._copies, size)
         pool = _pool(size, threads // size)
         coming: deque[Future[Result]] = deque()
