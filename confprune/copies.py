@@ -64,7 +64,7 @@ def copied(model: Module, memo: dict[int, Any] | None = None) -> Module:
         ) from error
 
 
-def running_copy(model: Module, own: Iterable[nn.Parameter] = ()) -> Module:
+def running_copy(model: Module, own: Iterable[Tensor] = ()) -> Module:
     """A copy in evaluation mode with the model's parameters, but for the `own` ones, which it owns.
 
     It owns those, too, that embeddings with a largest norm scale as they run. What a module keeps
@@ -85,7 +85,7 @@ def running_copy(model: Module, own: Iterable[nn.Parameter] = ()) -> Module:
     return copied(model, memo).eval()
 
 
-def rescaled(model: nn.Module) -> Iterator[nn.Parameter]:
+def rescaled(model: nn.Module) -> Iterator[Tensor]:
     """The weights of embeddings whose rows are scaled to a largest norm when they are looked up."""
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
