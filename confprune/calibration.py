@@ -71,10 +71,7 @@ def loss_matrix(
         For data that is not in batches yet; default 256.
     activation_bytes : int, optional
         Memory for the activations of a chunk of levels and examples; default 64 MiB, or an eighth
-        of a GPU's memory, up to 8 GiB. On the CPU as many chunks as torch has threads, up to four,
-        are evaluated side by side; not where `forward`, a loss of your own, or a hook might keep
-        something between its calls, nor where the network is seen to change global variables. The
-        result does not depend on it.
+        of a GPU's memory, up to 8 GiB. The result does not depend on it.
     progress : bool
         Show a progress bar.
 
@@ -280,9 +277,7 @@ def calibrate(
         Where to run; default where the model is. A model elsewhere is copied there.
     activation_bytes : int, optional
         Memory for the activations of a chunk of levels and examples; default 64 MiB, or an eighth
-        of a GPU's memory, up to 8 GiB. On the CPU as many chunks as torch has threads, up to four,
-        are evaluated side by side; not where `forward`, a loss of your own, or a hook might keep
-        something between its calls, nor where the network is seen to change global variables.
+        of a GPU's memory, up to 8 GiB.
     seed : int
         Of the order of the examples; recorded in the certificate.
     progress : bool

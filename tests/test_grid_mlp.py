@@ -282,7 +282,7 @@ def test_layers_are_taken_together_where_nothing_else_sees_what_is_between(way):
     forward = GridForward(model, levels, [DISTANCE])
     forward.evaluate(x, [0, 1])  # with its checks
     with Functions() as seen:
-        forward._grid_outputs(forward._network, x, [0, 1])
+        forward._grid_outputs(x, [0, 1])
     operators = {name for name in seen.names if name.startswith("grid_")}
     assert ("grid_mlp" in operators) == (way not in APART)
     assert ("grid_linear" in operators) == (way not in TOGETHER)
@@ -309,7 +309,7 @@ def test_layers_that_round_what_is_between_them_stay_apart(dtype):
     x = torch.randn(5, 10, dtype=dtype)
     forward.evaluate(x, [0, 1])
     with Functions() as seen:
-        forward._grid_outputs(forward._network, x, [0, 1])
+        forward._grid_outputs(x, [0, 1])
     assert ("grid_mlp" in seen.names) == (dtype == torch.float64)
 
 
@@ -398,18 +398,10 @@ def test_a_layer_whose_bias_is_pruned_stays_apart():
     forward = GridForward(model, levels, [DISTANCE])
     forward.evaluate(x, [0, 1])
     with torch.no_grad(), Functions() as seen:
-        forward._grid_outputs(forward._network, x, [0, 1])
+        forward._grid_outputs(x, [0, 1])
     assert forward.fallback is None
     assert "grid_linear" in seen.names
     assert "grid_mlp" not in seen.names
-
-
-def test_copies_of_a_network_have_the_same_norms():
-    model, x = Net("norm").eval(), torch.randn(2000, 10)
-    levels = prune_levels(model, GRID)
-    with threads(2):
-        found = grid_losses(model, [x], levels, activation_bytes=1 << 16)
-    torch.testing.assert_close(found, slow_losses(model, [x], levels, None), rtol=0, atol=2e-5)
 
 
 def test_the_plain_network_keeps_within_the_budget_with_what_is_between_layers():

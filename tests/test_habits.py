@@ -6,11 +6,11 @@ import copy
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from level_by_level import GRID
-from machine import threads
 from one_by_one import LOSS, X, check, matrix
 from torch import Tensor, nn
 
@@ -188,16 +188,6 @@ def test_a_late_fallback_of_a_network_that_keeps_activations(one_thread):
         check(Keeping(late=True).eval())
 
 
-def test_a_fallback_is_told_of_where_it_was_called_from():
-    torch.manual_seed(0)
-    model, x = Keeping(late=True).eval(), torch.randn(4000, 12)
-    levels = prune_levels(model, GRID)
-    with threads(2), pytest.warns(UserWarning, match="one by one") as caught:
-        loss_matrix(model, x, levels, LOSS, activation_bytes=1 << 18, progress=False)
-    assert [w.filename for w in caught] == [__file__]
-    assert threading.current_thread() is threading.main_thread()
-
-
 def test_what_is_left_of_a_training_step(one_thread):
     torch.manual_seed(0)
     model = Keeping()
@@ -249,6 +239,51 @@ def test_hooks_that_hold_the_model_are_warned_of():
 
 def test_a_model_that_cannot_be_copied_says_so():
     model = nn.Sequential(nn.Linear(12, 5))
+    levels = prune_levels(model, GRID)
     model.lock = threading.Lock()
-    with pytest.raises(TypeError, match="it is copies that are pruned and run"):
-        confprune.input_norms(model, X, progress=False)
+    for work in (
+        lambda: confprune.input_norms(model, X, progress=False),
+        lambda: loss_matrix(model, X, levels, LOSS, progress=False),
+        lambda: levels.prune(model, 0),
+    ):
+        with pytest.raises(TypeError, match=r"cannot be copied, .*pickle.*deepcopy"):
+            work()
+
+
+STATE: dict[str, Tensor] = {}
+
+
+class Context:
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+
+CONTEXT = Context()
+
+
+def through_a_variable(x: Tensor) -> Tensor:
+    STATE["x"] = x
+    return STATE["x"]
+
+
+def through_an_object(x: Tensor) -> Tensor:
+    CONTEXT.state["positive"] = (x[:, :1] > 0).float()
+    return x * CONTEXT.state["positive"]
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    np.random.seed(0)  # noqa: NPY002 (what some do)
+    return x + float(np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("step", [through_a_variable, through_an_object, through_numpy])
+def test_networks_whose_copies_share_something(step):
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(step(x)).relu())
+
+    check(Sharing().eval())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from confprune.batches import batch_length, slice_batch
 from confprune.grid.comparison import difference
 from confprune.grid.layers import Layer
 from confprune.grid.network import Network, PlainNetwork
-from confprune.grid.surroundings import contents_of
 from confprune.losses import Loss
 from confprune.warning import warn
 
@@ -86,23 +85,24 @@ def check_unwritten(plain: PlainNetwork, weight_of: Callable[[Layer], Tensor]) -
         )
 
 
-def note_dependence(network: Network, batch: Any, full: Tensor, notes: list[str]) -> None:
-    """A warning and a note where outputs are random, or an example's depend on its batch.
+def is_random(network: Network, batch: Any, full: Tensor, notes: list[str]) -> bool:
+    """Whether outputs are; a warning and a note then, and where an example's depend on its batch.
 
     The losses of such examples are not independent.
     """
     half = len(full) // 2
     if half == 0:
-        return
+        return False
     part = slice_batch(batch, 0, half)
     apart = network(part)
     if not difference(apart[None], full[None, :half]):
-        return
+        return False
     note = (
         "the outputs of an example depend on the other examples of its batch (as with a "
         "BatchNorm without running statistics); the guarantee needs independent losses"
     )
-    if difference(network(part)[None], apart[None]):
+    random = bool(difference(network(part)[None], apart[None]))
+    if random:
         note = (
             "the network's outputs are random (as with a dropout that is on in evaluation mode "
             "too), or change with what it keeps from call to call: the risk is an average over "
@@ -110,25 +110,25 @@ def note_dependence(network: Network, batch: Any, full: Tensor, notes: list[str]
         )
     notes.append(note)
     warn(note)
+    return random
 
 
-def check_state(plain: PlainNetwork, network: Network, batch: Any, full: Tensor) -> None:
+def check_state(
+    plain: PlainNetwork, network: Network, batch: Any, full: Tensor, *, random: bool
+) -> None:
     """Raise ValueError if the full network, after runs of pruned ones, is not what it was.
 
-    Of random outputs the same seed tells.
+    Of one whose outputs are random the same seed tells.
     """
 
     def again() -> Tensor:
         return plain(batch, lambda layer: layer.weight)
 
-    if not difference(again()[None], full[None]):
-        return
-    first, second, later = (
-        _seeded(network.device, run) for run in (lambda: network(batch),) * 2 + (again,)
-    )
-    if difference(first[None], second[None]):
-        return  # it is random, or counts its calls
-    if difference(later[None], first[None]):
+    if random:
+        full = _seeded(network.device, lambda: network(batch))
+        if difference(_seeded(network.device, lambda: network(batch))[None], full[None]):
+            return  # it has a seed of its own, or counts its calls
+    if difference((_seeded(network.device, again) if random else again())[None], full[None]):
         raise ValueError(
             "the network's outputs depend on its calls before (after some with pruned weights "
             "the full ones give others), as where it keeps what it makes of its weights: what "
@@ -200,8 +200,7 @@ def warn_of_hooks(model: nn.Module, notes: list[str]) -> None:
     modules = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            cells = getattr(hook, "__closure__", None) or ()
-            if any(id(held) in modules for cell in cells for held in contents_of(cell)):
+            if any(id(held) in modules for held in _held(hook)):
                 note = (
                     f"a hook of {name or type(module).__name__!r} holds a module of the model in "
                     "its closure: in copies of the model, which pruned networks are, it uses the "
@@ -210,6 +209,15 @@ def warn_of_hooks(model: nn.Module, notes: list[str]) -> None:
                 notes.append(note)
                 warn(note)
                 return
+
+
+def _held(function: object) -> list[object]:
+    """What the variables of a closure hold."""
+    held = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # where one is empty
+            held.append(cell.cell_contents)
+    return held
 
 
 def first_line(error: BaseException) -> str:

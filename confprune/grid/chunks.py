@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,30 +57,3 @@ class Footprint(NamedTuple):
         """How many levels fit the budget with so many examples; at least one."""
         per_level = self.activation * _LIVE * examples + self.weight
         return max(1, budget // max(1, per_level))
-
-
-class Piece(NamedTuple):
-    """Examples [begin, end), at the levels from `first` on in steps of `step`."""
-
-    begin: int
-    end: int
-    first: int
-    step: int
-
-
-def pieces(chunks: Sequence[tuple[int, int]], levels: int, workers: int) -> Iterator[Piece]:
-    """The chunks of examples as pieces for workers, so that none waits for the others in the end.
-
-    As many chunks for each as there are, whole; those that are left are shared by levels.
-
-    Examples
-    --------
-    >>> from confprune.grid.chunks import pieces
-    >>> [tuple(piece) for piece in pieces([(0, 8), (8, 16), (16, 20)], levels=5, workers=2)]
-    [(0, 8, 0, 1), (8, 16, 0, 1), (16, 20, 0, 2), (16, 20, 1, 2)]
-    """
-    whole = len(chunks) - len(chunks) % workers
-    for number, (begin, end) in enumerate(chunks):
-        step = 1 if number < whole else min(workers, levels)
-        for first in range(step):
-            yield Piece(begin, end, first, step)

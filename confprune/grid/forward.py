@@ -9,6 +9,7 @@ itself, or is one more level of the grid where that takes less time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,19 +29,17 @@ from confprune.grid.checks import (
     check_values,
     divisible,
     first_line,
-    note_dependence,
+    is_random,
     unused,
     warn_of_hooks,
 )
-from confprune.grid.chunks import ACTIVATION_BYTES, Footprint, Piece, default_budget, pieces
+from confprune.grid.chunks import ACTIVATION_BYTES, Footprint, default_budget
 from confprune.grid.comparison import difference
 from confprune.grid.fusion import Fusion
 from confprune.grid.layers import Layer
 from confprune.grid.mode import GridMode
 from confprune.grid.network import Network, PlainNetwork, full_precision
 from confprune.grid.probe import Met, Probe
-from confprune.grid.surroundings import Surroundings
-from confprune.grid.workers import Workers
 from confprune.levels import PruneLevels
 from confprune.losses import Loss, Reference, check_shapes
 from confprune.ops import check_kernels
@@ -51,7 +50,6 @@ _WARM_BYTES = 31 << 20
 """Of a block that is freed at once. glibc then keeps memory of up to twice this size rather than
 return it after every call, and the next activations cost no page faults."""
 
-_WORKERS = 4  # more would wait for Python
 _CHECK_EXAMPLES = 4
 _CHECK_LEVELS = 3
 
@@ -69,9 +67,8 @@ class GridForward:
         What is computed of the outputs; every one costs little beside the outputs.
     forward : callable (model, batch) -> outputs, optional
     activation_bytes : int, optional
-        Memory for the activations of a chunk of levels and examples; on the CPU up to four are
-        under way at once, on threads of their own. Default: 64 MiB, or an eighth of a GPU's
-        memory, up to 8 GiB.
+        Memory for the activations of a chunk of levels and examples. Default: 64 MiB, or an eighth
+        of a GPU's memory, up to 8 GiB.
 
     Attributes
     ----------
@@ -95,14 +92,10 @@ class GridForward:
         self.levels = levels
         self.losses = tuple(losses)
         self.fallback: str | None = None
-        self._model, self._forward = model, forward  # of which copies are taken as they are needed
-        self._network = self._copy()
+        self._network = Network(model, forward)
+        self._make_plain = functools.partial(PlainNetwork, model, forward)
         self._plain: PlainNetwork | None = None
         self._budget = activation_bytes or default_budget(self._network.device)
-        # What others wrote may keep things between its calls.
-        pure = forward is None and all(loss.vmappable for loss in losses)
-        pure = pure and self._network.device.type == "cpu"
-        self._workers = Workers(self._network, self._copy, most=_WORKERS if pure else 1)
         parameters = named_parameters(model)
         self._layers = {
             id(parameters[name]): Layer(name, parameters[name], prune, len(levels))
@@ -110,16 +103,12 @@ class GridForward:
         }
         self.notes: list[str] = []
         warn_of_hooks(model, self.notes)
-        self._told = False  # of a fallback
         self._batch_minor = self._network.device.type == "cpu"
         self._fusions: list[Fusion] = []
         self._unused: AbstractSet[str] = frozenset()
         self._written = 0  # bytes of the largest masked weight that an operation was given
         self._full: int | None = None  # the level that is the full network, if the grid makes it
         self._footprint: Footprint | None = None
-
-    def _copy(self) -> Network:
-        return Network(self._model, self._forward)
 
     @torch.inference_mode(mode=False)  # where in-place work leaves no trace
     @torch.no_grad()
@@ -184,23 +173,13 @@ class GridForward:
         footprint = self._prepared(batch)
         shape = len(self.losses), size, len(active)
         result = torch.zeros(shape, dtype=torch.float32, device=self._network.device)
-
-        def run(network: Network, piece: Piece) -> int:
-            begin, end, first, step = piece
-            part = slice_batch(batch, begin, end)
-            losses = self._chunk_losses(network, part, active[first::step])
-            result[:, begin:end, first::step] = losses
-            return end - begin if first == 0 else 0
-
-        chunks = footprint.example_chunks(size, len(self._evaluated(active)), self._budget)
-        mine = [chunk for chunk in chunks if share is None or next(share)]
-        if done is not None:
-            done(size - sum(end - begin for begin, end in mine))
-        workers = self._workers.side_by_side(len(mine))
-        for count in self._workers.map(run, pieces(mine, len(active), workers)):
-            self._tell()
+        levels = len(self._evaluated(active))
+        for begin, end in footprint.example_chunks(size, levels, self._budget):
+            if share is None or next(share):
+                part = slice_batch(batch, begin, end)
+                result[:, begin:end] = self._chunk_losses(part, active)
             if done is not None:
-                done(count)
+                done(end - begin)
         return result
 
     def _evaluated(self, active: Sequence[int]) -> Sequence[int]:
@@ -212,12 +191,12 @@ class GridForward:
             return active
         return [self._full, *active]
 
-    def _chunk_losses(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
+    def _chunk_losses(self, batch: Any, active: Sequence[int]) -> Tensor:
         """The losses of a chunk of examples, [losses, B, len(active)], levels in chunks too."""
         levels = self._evaluated(active)
-        outputs = self._outputs(network, batch, levels)
+        outputs = self._outputs(batch, levels)
         if self._full is None:
-            full = network(batch)
+            full = self._network(batch)
         else:
             first = next(outputs)
             # A copy: a loss may work in place on the outputs of the same level.
@@ -233,7 +212,7 @@ class GridForward:
             del part  # before the next are computed
         return torch.cat(values, dim=-1)
 
-    def _outputs(self, network: Network, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
+    def _outputs(self, batch: Any, levels: Sequence[int]) -> Iterator[Tensor]:
         """The outputs [some levels, B, ...] of all in turn; level by level where it must be."""
         step = self._prepared(batch).levels_at_once(batch_length(batch), self._budget)
         for first in range(0, len(levels), step):
@@ -241,7 +220,7 @@ class GridForward:
             reason = ""
             if self.fallback is None:
                 try:
-                    outputs = self._grid_outputs(network, batch, chunk)
+                    outputs = self._grid_outputs(batch, chunk)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
@@ -274,7 +253,7 @@ class GridForward:
             values.append(of_levels.T.to(torch.float32))
         return torch.stack(values)
 
-    def _grid_outputs(self, network: Network, batch: Any, active: Sequence[int]) -> Tensor:
+    def _grid_outputs(self, batch: Any, active: Sequence[int]) -> Tensor:
         """The outputs at several levels at once, [levels, B, ...]."""
         met: set[str] = set()
 
@@ -283,13 +262,13 @@ class GridForward:
                 self._layers, level, batch_minor=self._batch_minor, fusions=self._fusions
             )
             with mode:
-                outputs: Tensor = network(batch)
+                outputs: Tensor = self._network(batch)
             mode.finish(outputs)
             met.update(mode.met)
             self._written = max(self._written, mode.written)
             return outputs
 
-        level = torch.tensor(active).to(network.device, non_blocking=True)
+        level = torch.tensor(active).to(self._network.device, non_blocking=True)
         outputs: Tensor = torch.vmap(at_level)(level)
         missed = set(self.levels.levels) - met - self._unused
         if missed:
@@ -301,10 +280,9 @@ class GridForward:
         return self._run_plain(batch, lambda layer: layer.masked(j))
 
     def _run_plain(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
-        plain = self._plain
-        if plain is None:  # two threads may make one each
-            plain = self._plain = PlainNetwork(self._model, self._forward, self._layers)
-        return plain(batch, weight_of)
+        if self._plain is None:
+            self._plain = self._make_plain(self._layers)
+        return self._plain(batch, weight_of)
 
     def _prepared(self, batch: Any) -> Footprint:
         """What an example costs, after the checks on a few of the first batch."""
@@ -317,7 +295,7 @@ class GridForward:
         """Check outputs and loss on a few examples, size the chunks, and check the grid."""
         torch.empty(min(_WARM_BYTES, self._budget), dtype=torch.uint8)
         part = slice_batch(batch, 0, _CHECK_EXAMPLES)
-        plain = self._plain = PlainNetwork(self._model, self._forward, self._layers)
+        plain = self._plain = self._make_plain(self._layers)
         last = len(self.levels) - 1
         some = sorted({round(i * last / (_CHECK_LEVELS - 1)) for i in range(_CHECK_LEVELS)})
         with divisible(plain, batch, part), Met(self._layers) as originals:
@@ -325,8 +303,9 @@ class GridForward:
             masked = [self._masked_outputs(part, j) for j in reversed(some)]
         check_own_weights(originals.names)
         check_unwritten(plain, lambda layer: layer.masked(some[0]))
-        with divisible(plain, batch, part):
-            full, probe = self._probed(part)
+        probe = Probe(self._layers)
+        with divisible(plain, batch, part), probe:
+            full = self._network(part)
         self._fusions = probe.fusions(full)
         size = batch_length(part)
         check_outputs(full, size)
@@ -334,27 +313,15 @@ class GridForward:
         for loss in self.losses:
             check_shapes(loss, full, reference)
             check_values(loss, loss(full.clone(), reference), (size,))
-        note_dependence(self._network, part, full, self.notes)
-        check_state(plain, self._network, part, full)
+        random = is_random(self._network, part, full, self.notes)
+        check_state(plain, self._network, part, full, random=random)
         self._unused = unused(plain, batch, part, full, probe.met, self.notes)
         self._cross_check(part, some, torch.stack(masked[::-1]))
-        self._tell()
         if self.fallback is None:
             self._plain = None  # it takes as much memory as the weights
         if probe.mostly_filtered and int(self.levels.counts[0]) == 0:
             self._full = 0
         return probe.footprint(size, self._written)
-
-    def _probed(self, batch: Any) -> tuple[Tensor, Probe]:
-        """The full network's outputs, and what was seen of its run."""
-        probe = Probe(self._layers)
-        if self._workers.alone:
-            with probe:
-                return self._network(batch), probe
-        with Surroundings(self._network) as surroundings, probe:
-            full = self._network(batch)
-        self._workers.alone = surroundings.touched
-        return full, probe
 
     def _cross_check(self, batch: Any, some: Sequence[int], plain: Tensor) -> None:
         """Compare the grid with the plain masked network at some levels; else fall back."""
@@ -362,7 +329,7 @@ class GridForward:
         layouts = (True, False) if self._batch_minor else (False,)
         for self._batch_minor in layouts:
             try:
-                outputs = self._grid_outputs(self._network, batch, some)
+                outputs = self._grid_outputs(batch, some)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -375,17 +342,11 @@ class GridForward:
 
     def _fall_back(self, reason: str) -> None:
         self.fallback = reason
-        self._workers.alone = True
         self.notes.append(f"evaluated level by level: {reason}")
-
-    def _tell(self) -> None:
-        """Warn of a fallback, once, on the thread of whoever called."""
-        if self.fallback is not None and not self._told:
-            self._told = True
-            warn(
-                "the levels are evaluated one by one, as plain masked networks, which takes "
-                f"longer: {self.fallback}"
-            )
+        warn(
+            "the levels are evaluated one by one, as plain masked networks, which takes longer: "
+            f"{reason}"
+        )
 
 
 class _NotSeen(RuntimeError):

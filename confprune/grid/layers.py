@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ class Layer:
         self.levels = levels.to(weight.device)
         self.num_levels = num_levels
         self._rows: dict[Any, tuple[list[Tensor], int, int]] = {}
-        self._making = Lock()
 
     def masked(self, level: Tensor | int) -> Tensor:
         """The weight at one level, which may be a tensor that vmap batches."""
@@ -45,10 +43,9 @@ class Layer:
         """
         if self.weight.is_cuda:
             shared = False  # all the same there
-        with self._making:
-            if (shared, transposed) not in self._rows:
-                self._rows[shared, transposed] = self._made(shared, transposed)
-            return self._rows[shared, transposed]
+        if (shared, transposed) not in self._rows:
+            self._rows[shared, transposed] = self._made(shared, transposed)
+        return self._rows[shared, transposed]
 
     def _made(self, shared: bool, transposed: bool) -> tuple[list[Tensor], int, int]:
         weight, levels = self.weight, self.levels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
 from typing import Any
 
 import torch
@@ -75,15 +74,13 @@ class PlainNetwork:
             if id(parameter) not in layers and id(copies[name]) not in ours
         ]
         self.names = frozenset(layer.name for layer, _ in self._weights)
-        self._running = Lock()
 
     def __call__(self, batch: Any, weight_of: Callable[[Layer], Tensor]) -> Tensor:
         """The outputs on a batch [B, ...] with the given weight for each layer."""
-        with self._running:
-            for layer, parameter in self._weights:
-                parameter.copy_(weight_of(layer))
-            outputs: Tensor = self._network(batch)
-            return outputs
+        for layer, parameter in self._weights:
+            parameter.copy_(weight_of(layer))
+        outputs: Tensor = self._network(batch)
+        return outputs
 
     def written(self, weight_of: Callable[[Layer], Tensor]) -> str | None:
         """The first parameter that a run with the given weights has changed, if there is one."""
