@@ -82,7 +82,9 @@ def loss_matrix(
     Raises
     ------
     ValueError, TypeError
-        For data or outputs that do not fit, and for a loss that is NaN or outside [0, 1].
+        For data or outputs that do not fit, and for a loss that is NaN or outside [0, 1]. For a
+        model that cannot be copied, or whose pruned networks cannot be told: one that writes to its
+        weights or keeps what it makes of them, or for which the mode of evaluation makes others.
 
     Examples
     --------
@@ -299,7 +301,7 @@ def calibrate(
     ValueError, TypeError
         Before any work: for settings that contradict each other, data or outputs that do not fit,
         NaN weights, or too few examples, in all or in a group, to certify even zero losses; for
-        ranks whose models, data or settings differ.
+        ranks whose models, data or settings differ; for models as `loss_matrix` refuses them.
     RankError
         If another rank of the group failed, with its reason, or did not come within the timeout of
         the group.

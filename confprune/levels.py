@@ -115,6 +115,8 @@ class PruneLevels:
         ------
         ValueError
             If `j` is not a level, or the model lacks a parameter or has it in another shape.
+        TypeError
+            If the model cannot be copied.
         """
         j = self._index(j)
         self.check_model(model)
