@@ -174,6 +174,19 @@ def _add_calibrate(commands: Any) -> None:
             help=f"{text}; of several the best certified one is taken (default: {default})",
         )
     command.add_argument(
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="prune the parameters of such names, such as 'encoder.*.weight' (default: weights of "
+        "linear and convolution layers)",
+    )
+    command.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave the parameters of such names as they are",
+    )
+    command.add_argument(
         "--score-data",
         metavar="MODULE:FACTORY",
         help="for a criterion that needs data: gives it (default: a part of --data, set aside)",
@@ -254,10 +267,9 @@ def _add_prune(commands: Any) -> None:
     command.add_argument(
         "--out",
         type=Path,
-        required=True,
         metavar="PATH",
-        help="file to write, or new folder where the checkpoint has several files; {sparsity} in "
-        "it stands for the sparsity",
+        help="file to write, which may be the checkpoint itself, or new folder where it has several "
+        "files; {sparsity} in it stands for the sparsity",
     )
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ import confprune
 from confprune import checkpoint, demo, plan, sparse
 from confprune.arguments import BAD_USAGE, parser
 from confprune.certificate import Certificate
+from confprune.parameters import named_parameters, prunable_parameters
 
 DONE, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, BAD_USAGE, 3, 130
 
@@ -137,6 +139,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         risks=_risks(options),
         groups=None if options.groups is None else _own("--groups", options.groups),
         accept=_accept(options),
+        parameters=_parameters(model, options.include or (), options.exclude or ()),
         sparsities=options.sparsities,
         scope=options.scope,
         criterion=options.criterion or "magnitude",
@@ -197,7 +200,34 @@ def _accept(options: argparse.Namespace) -> confprune.Loss | None:
     return confprune.confident(options.accept_confidence, of=options.accept_of or "full")
 
 
+def _parameters(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[str] | None:
+    """The names of what to prune; None for the default. A tied parameter goes by all its names."""
+    every = named_parameters(model)
+    found: dict[tuple[str, str], set[int]] = {}
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            found[option, pattern] = {id(every[n]) for n in every if fnmatchcase(n, pattern)}
+            if not found[option, pattern]:
+                raise ValueError(f"{option} {pattern!r} matches no parameter: there are {[*every]}")
+    if not found:
+        return None
+    chosen = named_parameters(model, remove_duplicate=True) if include else prunable_parameters(model)
+    names = [
+        name
+        for name, parameter in chosen.items()
+        if (not include or any(id(parameter) in found["--include", p] for p in include))
+        and not any(id(parameter) in found["--exclude", p] for p in exclude)
+    ]
+    if not names:
+        raise ValueError(f"--exclude {' '.join(exclude)} leaves no weights to prune")
+    return names
+
+
 def _prune(options: argparse.Namespace) -> int:
+    if options.out is None and not options.dry_run:
+        raise ValueError("--out is missing: the file or folder to write, or --dry-run to write none")
     if options.certificate is None:
         if options.dry_run:
             return _list_choices(options)

@@ -191,7 +191,13 @@ def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
         )
     every = named_parameters(model)
     wanted = set()
-    for name in map(plain_name, names):
+    for given in names:
+        if not isinstance(given, str):
+            raise TypeError(
+                f"parameters must be names, such as {next(iter(every), 'fc.weight')!r}, or a "
+                f"predicate (name, parameter) -> bool; among them is a {type(given).__name__}"
+            )
+        name = plain_name(given)
         if name not in every:
             raise ValueError(
                 f"parameters names {name!r}, which the model does not have; its parameters are "

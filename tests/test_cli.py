@@ -303,6 +303,25 @@ def test_grid_and_settings_reach_the_certificate(folder, capsys):
     assert certificate.seed == 7
 
 
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["--exclude=2.*"], ("0.weight",)),
+        (["--include=*.bias", "--include=0.*"], ("0.weight", "0.bias", "2.bias")),
+        (["--include=*.weight", "--exclude=0.*"], ("2.weight",)),
+    ],
+)
+def test_patterns_choose_the_parameters(folder, capsys, patterns, names):
+    certificate = calibrated(*ONE_RISK, "--delta=0.1", DATA, *patterns)
+    assert certificate.pruning.parameters == names
+
+
+def test_a_tied_parameter_goes_by_all_its_names(folder, capsys):
+    tied = ["--model=project:Tied", "--data=project:tokens", *ONE_RISK, "--delta=0.1"]
+    assert calibrated(*tied, "--exclude=output.*").pruning.parameters == ("middle.weight",)
+    assert calibrated(*tied, "--include=output.*").pruning.parameters == ("embedding.weight",)
+
+
 def test_sparsities_may_be_a_list(folder, capsys):
     assert main([*CALIBRATE, MODEL, DATA, "--sparsities=0,0.25", "--out=out"]) == 0
     assert confprune.Certificate.load("out/certificate.json").sparsities == (0, 0.25)
@@ -491,6 +510,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_work(folder, capsys, 
         (["--data=project:wrong_size"], "shapes cannot be multiplied"),
         (["--weights=missing.safetensors"], "there is no file missing.safetensors"),
         (["--weights=project.py"], "project.py is not a safetensors file"),
+        (["--exclude=*.weight"], "--exclude *.weight leaves no weights"),
+        (["--include=fc.*"], "--include 'fc.*' matches no parameter: there are ['0.weight'"),
         (["--out=project.py"], "--out project.py is a file"),
         (["--out=project.py/run"], "project.py is a file, not a folder"),
     ],
@@ -696,7 +717,8 @@ def test_a_folder_is_pruned_into_a_new_one(checkpoint, folder, capsys):
 
 def test_a_dry_run_lists_the_tensors_and_writes_nothing(checkpoint, folder, capsys):
     before = files(folder)
-    arguments = ["prune", "model.safetensors", "--out=pruned.safetensors", "--sparsity=0.5"]
+    arguments = ["prune", "model.safetensors", "--sparsity=0.5"]
+    assert "--out is missing" in refusal(capsys, *arguments)
     assert main([*arguments, "--exclude=*.conv.*", "--dry-run"]) == 0
     assert files(folder) == before
     *lines, last = capsys.readouterr().out.splitlines()
@@ -740,6 +762,7 @@ def test_a_file_may_be_pruned_in_place(checkpoint, capsys):
         (["model.safetensors", "--sparsity", "0.5", "0.2"], "strictly increasing"),
         (["model.safetensors", "--sparsity", "0.2", "0.5"], "write {sparsity} where"),
         (["model.safetensors", "--sparsity=0.5", "--out=.."], "is a folder: name the file"),
+        (["model.safetensors", "--sparsity=0.5", "--out=project.py"], "no .safetensors file"),
         (["nan.safetensors", "--sparsity=0.5"], "layer.weight"),
     ],
 )

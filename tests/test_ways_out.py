@@ -169,3 +169,37 @@ def test_how_a_certificate_pruned_is_short_to_read(model):
     certificate = confprune.calibrate(model, X, loss="disagreement", **SETTINGS)
     assert "sha256" not in repr(certificate.pruning)
     assert "criterion='magnitude'" in repr(certificate.pruning)
+
+
+@pytest.mark.parametrize("given", [lambda m: [(m[0], "weight")], lambda m: [m[0].weight]])
+def test_parameters_by_anything_but_names(given):
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(TypeError, match=r"parameters must be names, such as '0.weight', or a pred"):
+        prune_levels(model, [0.5], parameters=given(model))
+
+
+def test_a_path_in_the_place_of_the_model():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        confprune.sparse.save_sparse("small.safetensors", nn.Linear(4, 3))
+
+
+def test_fine_tuning_keeps_the_zeros_as_the_documentation_has_it():
+    import confprune.nn.utils.prune as prune
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(200, 16)
+    levels = prune_levels(model, [0.5])
+    sparse = levels.prune(model, 0)
+    for name in levels.levels:
+        layer = sparse.get_submodule(name.removesuffix(".weight"))
+        prune.custom_from_mask(layer, "weight", levels.mask(name, 0))
+    optimizer = torch.optim.Adam(sparse.parameters(), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sparse(x).square().sum().backward()
+        optimizer.step()
+    for name in levels.levels:
+        prune.remove(sparse.get_submodule(name.removesuffix(".weight")), "weight")
+        weight = sparse.get_parameter(name)
+        assert torch.equal(weight == 0, ~levels.mask(name, 0))
+        assert not torch.equal(weight, model.get_parameter(name) * levels.mask(name, 0))

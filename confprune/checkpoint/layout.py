@@ -96,7 +96,7 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
 
     Raises
     ------
-    FileNotFoundError
+    FileNotFoundError, PermissionError
         If there is no such file.
     ValueError
         If it is not a safetensors file, or not a whole one.
@@ -115,6 +115,8 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with path.open("rb"):  # safetensors takes a file without permission for none
+        pass
     try:
         # As NumPy: for torch, the whole file would be reserved as memory that may be written.
         with safe_open(path, framework="np"):

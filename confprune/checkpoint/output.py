@@ -30,7 +30,7 @@ def output_paths(
         If several would go to one place, or a folder into its own source, or a file is named where
         a folder is to be written, or the other way round.
     FileExistsError
-        If a folder is there already and holds something.
+        If a folder is there already and holds something, or a file that is no checkpoint.
     FileNotFoundError
         If a path leads through a folder that does not exist.
     """
@@ -46,6 +46,8 @@ def output_paths(
         if checkpoint.folder is None:
             if target.is_dir():
                 raise ValueError(f"out {path} is a folder: name the file to write")
+            if target.exists() and target.suffix != ".safetensors":
+                raise FileExistsError(f"out {path} is there already and no .safetensors file")
             continue
         if target.is_file() or target.suffix == ".safetensors":
             raise ValueError(f"out {path} must be a folder: {checkpoint.source} has several files")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import confprune
 from confprune.checkpoint.layout import COMPRESSED
 from confprune.files import written_whole
-from confprune.parameters import DTYPES, named_modules, plain_name
+from confprune.parameters import DTYPES, check_module, named_modules, plain_name
 from confprune.sparse.compression import check_kernel, dense_from_of, replaced_in, sparse_like
 from confprune.sparse.modules import PACKED, SparseLayer
 
@@ -55,7 +55,7 @@ def save_sparse(
     Raises
     ------
     TypeError
-        If `certificate` is none, but the path of one, say.
+        If `model` is no module, or `certificate` is none, but the path of one, say.
     ValueError
         If it cannot be this network's: a name, shape or type differs, or too few weights are zero.
 
@@ -71,6 +71,7 @@ def save_sparse(
     >>> torch.equal(again.weight, pruned.weight)
     True
     """
+    check_module(model)
     if certificate is not None:
         from confprune.certificate.deployed import check_deployed
 
