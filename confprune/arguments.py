@@ -268,8 +268,8 @@ def _add_prune(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="PATH",
-        help="file to write, which may be the checkpoint itself, or new folder where it has several "
-        "files; {sparsity} in it stands for the sparsity",
+        help="file to write, which may be the checkpoint itself, or new folder where it has "
+        "several files; {sparsity} in it stands for the sparsity",
     )
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 

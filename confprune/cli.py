@@ -213,7 +213,9 @@ def _parameters(
                 raise ValueError(f"{option} {pattern!r} matches no parameter: there are {[*every]}")
     if not found:
         return None
-    chosen = named_parameters(model, remove_duplicate=True) if include else prunable_parameters(model)
+    chosen = (
+        named_parameters(model, remove_duplicate=True) if include else prunable_parameters(model)
+    )
     names = [
         name
         for name, parameter in chosen.items()
@@ -227,7 +229,9 @@ def _parameters(
 
 def _prune(options: argparse.Namespace) -> int:
     if options.out is None and not options.dry_run:
-        raise ValueError("--out is missing: the file or folder to write, or --dry-run to write none")
+        raise ValueError(
+            "--out is missing: the file or folder to write, or --dry-run to write none"
+        )
     if options.certificate is None:
         if options.dry_run:
             return _list_choices(options)

@@ -354,7 +354,7 @@ def _compare(
         raise VerificationError(
             f"the certificate states a risk{of} of {part.risks[level]:.6g} at "
             f"{certificate.sparsities[level]:g} sparsity, the pruned network has {risk:.6g} on "
-            f"this data (tolerance {tolerance:.2g}): the data is other, or the certificate was made "
-            "with another forward="
+            f"this data (tolerance {tolerance:.2g}): the data is other, or the certificate was "
+            "made with another forward="
         )
     return risk
