@@ -16,7 +16,7 @@ from benchmarks.records import Row
 Group = Callable[[], Iterator[Row]]
 
 PATIENCE = 90.0
-"""Seconds that a row may take."""
+"""Seconds that a row may take, and that a process may to begin."""
 
 
 def isolated(
@@ -41,8 +41,8 @@ def isolated(
         process.start()
         sender.close()
         try:
-            if not receiver.poll(patience):  # that it has begun
-                yield _missing(next(iter(left)), f"its process did not begin in {patience:g} s")
+            if not receiver.poll(PATIENCE):  # that it has begun, with torch to import
+                yield _missing(next(iter(left)), f"its process did not begin in {PATIENCE:g} s")
                 return
             receiver.recv()
             while left:
