@@ -173,19 +173,7 @@ def _add_calibrate(commands: Any) -> None:
             metavar=name.strip("-").upper(),
             help=f"{text}; of several the best certified one is taken (default: {default})",
         )
-    command.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="prune the parameters of such names, such as 'encoder.*.weight' (default: weights of "
-        "linear and convolution layers)",
-    )
-    command.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="leave the parameters of such names as they are",
-    )
+    _add_patterns(command, "parameters", "weights of linear and convolution layers")
     command.add_argument(
         "--score-data",
         metavar="MODULE:FACTORY",
@@ -246,18 +234,11 @@ def _add_prune(commands: Any) -> None:
     )
     for name, default, text in _PRUNING:
         command.add_argument(name, help=f"with --sparsity: {text} (default: {default})")
-    command.add_argument(
-        "--include",
-        action="append",
-        metavar="PATTERN",
-        help="with --sparsity: prune the tensors of such names, such as 'encoder.*.weight' "
-        "(default: weights of linear and convolution layers, told by name and shape)",
-    )
-    command.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="with --sparsity: leave the tensors of such names as they are",
+    _add_patterns(
+        command,
+        "tensors",
+        "weights of linear and convolution layers, told by name and shape",
+        condition="with --sparsity: ",
     )
     command.add_argument(
         "--dry-run",
@@ -317,6 +298,20 @@ def _add_promise(
             default=default,
             help=text if default is None else f"{text} (default: {default})",
         )
+
+
+def _add_patterns(
+    command: argparse.ArgumentParser, what: str, default: str, *, condition: str = ""
+) -> None:
+    """Ask for the names of what is pruned."""
+    for name, text in (
+        (
+            "--include",
+            f"prune the {what} of such names, such as 'encoder.*.weight' (default: {default})",
+        ),
+        ("--exclude", f"leave the {what} of such names as they are"),
+    ):
+        command.add_argument(name, action="append", metavar="PATTERN", help=f"{condition}{text}")
 
 
 def _add_grid(command: argparse.ArgumentParser, default: str) -> None:

@@ -204,27 +204,33 @@ def _parameters(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> list[str] | None:
     """The names of what to prune; None for the default. A tied parameter goes by all its names."""
-    every = named_parameters(model)
-    found: dict[tuple[str, str], set[int]] = {}
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        for pattern in patterns:
-            found[option, pattern] = {id(every[n]) for n in every if fnmatchcase(n, pattern)}
-            if not found[option, pattern]:
-                raise ValueError(f"{option} {pattern!r} matches no parameter: there are {[*every]}")
-    if not found:
+    if not (include or exclude):
         return None
+    included = _matching(model, "--include", include)
+    excluded = _matching(model, "--exclude", exclude)
     chosen = (
         named_parameters(model, remove_duplicate=True) if include else prunable_parameters(model)
     )
     names = [
         name
         for name, parameter in chosen.items()
-        if (not include or any(id(parameter) in found["--include", p] for p in include))
-        and not any(id(parameter) in found["--exclude", p] for p in exclude)
+        if (not include or id(parameter) in included) and id(parameter) not in excluded
     ]
     if not names:
         raise ValueError(f"--exclude {' '.join(exclude)} leaves no weights to prune")
     return names
+
+
+def _matching(model: nn.Module, option: str, patterns: Sequence[str]) -> set[int]:
+    """The identities of the parameters that have a name of such a pattern."""
+    every = named_parameters(model)
+    found: set[int] = set()
+    for pattern in patterns:
+        matching = {id(p) for name, p in every.items() if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ValueError(f"{option} {pattern!r} matches no parameter: there are {[*every]}")
+        found |= matching
+    return found
 
 
 def _prune(options: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
     Raises
     ------
     FileNotFoundError, PermissionError
-        If there is no such file.
+        If there is no such file, or it may not be read.
     ValueError
         If it is not a safetensors file, or not a whole one.
 

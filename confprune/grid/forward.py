@@ -262,7 +262,7 @@ class GridForward:
                 self._layers, level, batch_minor=self._batch_minor, fusions=self._fusions
             )
             with mode:
-                outputs: Tensor = self._network(batch)
+                outputs = self._network(batch)
             mode.finish(outputs)
             met.update(mode.met)
             self._written = max(self._written, mode.written)

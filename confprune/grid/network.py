@@ -17,8 +17,8 @@ from confprune.grid.layers import Layer
 from confprune.parameters import named_parameters
 
 
-class Network(nn.Module):
-    """A copy of a model with its way of being called, as one module of the batch.
+class Network:
+    """A copy of a model with its way of being called, as one function of the batch.
 
     It has the model's parameters, but for the `own` ones, and nothing else of it: a module may keep
     what it likes of a run.
@@ -27,13 +27,11 @@ class Network(nn.Module):
     def __init__(
         self, model: nn.Module, forward: Forward | None, own: Iterable[nn.Parameter] = ()
     ) -> None:
-        super().__init__()
         self.model = running_copy(model, own)
         self._forward = forward
         self.device = next(model.parameters()).device
-        self.eval()
 
-    def forward(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """The outputs on a batch [B, ...]."""
         # A copy, because some models work on their inputs in place, and this batch is used again.
         return call(self.model, copy_batch(batch), self._forward)
@@ -79,8 +77,7 @@ class PlainNetwork:
         """The outputs on a batch [B, ...] with the given weight for each layer."""
         for layer, parameter in self._weights:
             parameter.copy_(weight_of(layer))
-        outputs: Tensor = self._network(batch)
-        return outputs
+        return self._network(batch)
 
     def written(self, weight_of: Callable[[Layer], Tensor]) -> str | None:
         """The first parameter that a run with the given weights has changed, if there is one."""

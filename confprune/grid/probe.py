@@ -21,6 +21,11 @@ _CONVOLUTION_EXAMPLES = 16  # the positions fill the lanes too
 _LEAST_ACTIVATION = 320  # bytes: more examples together gain nothing, and are hard to share out
 
 
+def _given(layers: dict[int, Layer], args: Any, kwargs: dict[str, Any] | None) -> list[Layer]:
+    """The layers whose weights are among a function's arguments."""
+    return [layers[id(leaf)] for leaf in tree_iter((args, kwargs)) if id(leaf) in layers]
+
+
 class Met(TorchFunctionMode):
     """Notes which prunable weights torch functions are given."""
 
@@ -33,11 +38,7 @@ class Met(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in METADATA:
-            self.names |= {
-                self._layers[id(leaf)].name
-                for leaf in tree_iter((args, kwargs))
-                if id(leaf) in self._layers
-            }
+            self.names |= {layer.name for layer in _given(self._layers, args, kwargs)}
         return func(*args, **(kwargs or {}))
 
 
@@ -64,16 +65,16 @@ class Probe(TorchFunctionMode):
         if func in METADATA or func in LAYOUT:
             return result
         self._watcher.see(func, args, kwargs or {}, result)
-        weights = [leaf for leaf in tree_iter((args, kwargs or {})) if id(leaf) in self._layers]
-        if weights:
-            first = not self.met
-            self.met.update(self._layers[id(weight)].name for weight in weights)
-            work = result.numel() * weights[0][0].numel() if func in LAYER_CALLS else 0
+        layers = _given(self._layers, args, kwargs)
+        if layers:
+            first, weight = not self.met, layers[0].weight
+            self.met |= {layer.name for layer in layers}
+            work = result.numel() * weight[0].numel() if func in LAYER_CALLS else 0
             self._all_work += work
             if func is torch.conv2d and not first and is_filtered(*args, **(kwargs or {})):
                 self._filtered_work += work
             if work > self._work:
-                self._work, matrix = work, weights[0].ndim == 2
+                self._work, matrix = work, weight.ndim == 2
                 self._rows = result.numel() // result.shape[-1] if matrix else 0
         if self.met:  # before, all levels share their activations
             for leaf in tree_iter(result):
